@@ -1,0 +1,107 @@
+"""Squeeze: the teacher, trained on the real data or taken with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import backbones
+from pipeline.backbones import ModelSpec
+from pipeline.config import TrainConfig
+from pipeline.dataset_distill.classify import LabelledImages, accuracy
+from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.digest import seed_for
+
+
+class Weights(Protocol):
+    """Arrays of a state dict by name; ``identity`` is the digest of the file."""
+
+    @property
+    def identity(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    def arrays(self) -> dict[str, npt.NDArray[Any]]: ...
+
+
+@dataclass(frozen=True)
+class Squeeze:
+    """Train a classifier on ``train`` and score it on ``test``.
+
+    With ``weights`` it is not trained: the given ones are loaded and scored.
+    """
+
+    config: SqueezeConfig
+    image: ImageConfig
+    classes: int
+    weights: Weights | None = None
+
+    version: ClassVar[int] = 1
+
+    def prepare(
+        self, inputs: Mapping[str, pa.Table], seed: int, device: torch.device
+    ) -> SqueezeTraining:
+        pretrained = self.config.weights == "pretrained"
+        model = backbones.build(
+            self.config.backbone, self.classes, self.image.channels, pretrained=pretrained
+        )
+        if self.weights:
+            backbones.load_weights(model, self.weights.arrays(), self.weights.name)
+        train = self.config.train
+        if self.weights or pretrained:
+            train = train.model_copy(update={"epochs": 0})
+        sets = {name: LabelledImages.of(t, self.image, device) for name, t in inputs.items()}
+        return SqueezeTraining(model.to(device), train, self, sets, seed)
+
+
+@dataclass(frozen=True)
+class SqueezeTraining:
+    """A teacher's training: cross-entropy on images shifted by up to an eighth, and mirrored."""
+
+    model: nn.Module
+    config: TrainConfig
+    task: Squeeze
+    sets: Mapping[str, LabelledImages]
+    seed: int
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.task.image.model_spec(self.task.config.backbone, self.task.classes)
+
+    @property
+    def steps(self) -> int:
+        return self.sets["train"].steps(self.config.batch_size) if "train" in self.sets else 0
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        data = self.sets["train"]
+        generator = torch.Generator().manual_seed(seed_for(self.seed, "augment", epoch))
+        for rows in data.epoch_rows(self.seed, epoch, self.config.batch_size):
+            x = shifted(data.images[rows], self.task.image.size // 8, generator)
+            if self.task.image.flip:
+                mirrored = torch.rand(len(x), generator=generator).to(x.device) < 0.5
+                x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+            yield x, data.labels[rows]
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, labels = batch
+        return F.cross_entropy(self.model(x), labels)
+
+    def evaluate(self) -> dict[str, Any]:
+        return accuracy(self.model, self.sets["test"])
+
+
+def shifted(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Each image (B, C, S, S) moved by up to ``most`` pixels; its border is repeated."""
+    batch, _, size, _ = x.shape
+    offsets = torch.randint(-most, most + 1, (2, batch, 1), generator=generator).to(x.device)
+    line = (torch.arange(size, device=x.device) + offsets).clamp(0, size - 1)
+    image = torch.arange(batch, device=x.device)[:, None, None]
+    return x.permute(0, 2, 3, 1)[image, line[0][:, :, None], line[1][:, None, :]].permute(
+        0, 3, 1, 2
+    )

@@ -1,0 +1,28 @@
+"""Units one after the other in this process; starts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipeline.errors import UsageError
+from pipeline.orchestration.executor import Work, attempt
+
+
+class LocalExecutor:
+    """Runs everything in this process."""
+
+    def __init__(self, address: str | None = None, workers: int | None = None) -> None:
+        if address or workers:
+            raise UsageError(
+                "The local executor has one worker, in this process, and joins no cluster.",
+                hint="Add --executor ray, or leave out --address and --workers.",
+                code="bad-executor-option",
+            )
+
+    def run(self, work: Work, units: Sequence[str], threads: int) -> Iterator[dict[str, Any]]:
+        for unit in units:
+            yield attempt(work, unit)
+
+    def close(self) -> None:
+        """Nothing is held."""

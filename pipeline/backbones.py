@@ -1,0 +1,236 @@
+"""Networks by name: built in, or from a provider (``torchvision:``, ``timm:``, ``hf:``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a classifier is made of and what it expects.
+
+    Attributes:
+        backbone: name for :func:`build`.
+        classes: number of outputs.
+        channels: input channels.
+        mean: per channel, of pixels in [0, 1]; inputs are (x - mean) / std.
+        std: per channel.
+    """
+
+    backbone: str
+    classes: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class ConvNet(nn.Module):
+    """Blocks of 3 x 3 convolution, BatchNorm and ReLU with 2 x 2 max pooling between them.
+
+    Args:
+        classes: number of outputs.
+        channels: input channels.
+        widths: output channels of each block.
+
+    Shapes: (N, channels, H, W) -> (N, classes); any H and W >= 4.
+    """
+
+    def __init__(
+        self, classes: int, channels: int, widths: tuple[int, ...] = (32, 64, 128)
+    ) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for index, width in enumerate(widths):
+            if index:
+                blocks.append(nn.MaxPool2d(2))
+            before = widths[index - 1] if index else channels
+            blocks += [
+                nn.Conv2d(before, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+        self.features = nn.Sequential(*blocks)
+        self.linear = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast("Tensor", self.linear(self.features(x).mean((2, 3))))
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.stride = stride
+        self.pad = (width - before) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        if self.stride > 1 or self.pad:
+            x = x[:, :, :: self.stride, :: self.stride]
+            x = F.pad(x, (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(y + x)
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32 x 32 images (He et al. 2016, section 4.2) with parameter-free shortcuts.
+
+    Three stages of ``depth`` basic blocks with 16, 32 and 64 channels: 6 ``depth`` + 2 layers.
+    Shortcuts between stages subsample by two and pad the missing channels with zeros (option A).
+
+    Shapes: (N, channels, H, W) -> (N, classes).
+    """
+
+    def __init__(self, classes: int, channels: int, depth: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, depth, 1)
+        self.layer2 = self._stage(16, 32, depth, 2)
+        self.layer3 = self._stage(32, 64, depth, 2)
+        self.linear = nn.Linear(64, classes)
+
+    @staticmethod
+    def _stage(before: int, width: int, depth: int, stride: int) -> nn.Sequential:
+        first = _BasicBlock(before, width, stride)
+        return nn.Sequential(first, *(_BasicBlock(width, width, 1) for _ in range(depth - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return cast("Tensor", self.linear(x.mean((2, 3))))
+
+
+BUILTIN: dict[str, Callable[[int, int], nn.Module]] = {
+    "convnet3": ConvNet,
+    **{f"resnet{6 * n + 2}": partial(CifarResNet, depth=n) for n in (3, 5, 7, 9, 18)},
+}
+
+
+def build(name: str, classes: int, channels: int, *, pretrained: bool = False) -> nn.Module:
+    """A network that maps (N, channels, H, W) images to (N, classes) logits.
+
+    Args:
+        name: a built-in network, or ``torchvision:NAME``, ``timm:NAME`` or ``hf:REPOSITORY``.
+        classes: number of outputs.
+        channels: input channels.
+        pretrained: take the provider's published weights (it downloads them).
+
+    Raises:
+        UsageError: the name is unknown, or its provider is not installed.
+    """
+    provider, colon, rest = name.partition(":")
+    try:
+        if colon and provider in _PROVIDERS:
+            return _PROVIDERS[provider](rest, classes, channels, pretrained)
+        if name in BUILTIN and not pretrained:
+            return BUILTIN[name](classes, channels)
+    except ImportError as error:
+        raise UsageError(
+            f"The network '{name}' needs a package that cannot be imported: {error}.",
+            hint=f"Install the provider ('{provider}') beside this package.",
+            code="missing-provider",
+        ) from error
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UsageError(
+            f"The provider '{provider}' cannot make the network '{rest}': {error}.",
+            hint="Check the name in the provider's own list of models.",
+            code="unknown-backbone",
+        ) from error
+    if name in BUILTIN:
+        raise UsageError(
+            f"There are no published weights for the built-in network '{name}'.",
+            hint="Give the path of a weights file.",
+            code="no-weights",
+        )
+    raise UsageError(
+        f"There is no network named '{name}'.",
+        hint=f"Built in: {', '.join(BUILTIN)}; others as torchvision:NAME, timm:NAME or hf:NAME.",
+        code="unknown-backbone",
+    )
+
+
+def load_weights(model: nn.Module, arrays: Mapping[str, npt.NDArray[Any]], where: str) -> None:
+    """Put a state dict of plain arrays into ``model``; every name and shape must fit.
+
+    Raises:
+        UsageError: names are missing or left over, or a shape differs.
+    """
+    state = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    # Files written before PyTorch 0.4.1 have no counter of batches; evaluation does not use it.
+    counters = {n: b for n, b in model.named_buffers() if n.endswith("num_batches_tracked")}
+    try:
+        model.load_state_dict({**counters, **state})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"The weights do not fit the network: {reason[:400]}.",
+            hint="Choose the backbone, the class count and the channels that they were made for.",
+            code="weights-mismatch",
+            where=where,
+        ) from error
+
+
+def _torchvision(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
+    from torchvision.models import get_model
+
+    _need_rgb(channels)
+    if pretrained:
+        return cast("nn.Module", get_model(name, weights="DEFAULT"))
+    return cast("nn.Module", get_model(name, weights=None, num_classes=classes))
+
+
+def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
+    from timm import create_model
+
+    made = create_model(name, pretrained=pretrained, num_classes=classes, in_chans=channels)
+    return cast("nn.Module", made)
+
+
+class _Logits(nn.Module):
+    """A transformers classifier that returns its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast("Tensor", self.model(pixel_values=x).logits)
+
+
+def _hf(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
+    from transformers import (
+        AutoConfig,
+        AutoModelForImageClassification,
+    )
+
+    _need_rgb(channels)
+    if pretrained:
+        return _Logits(AutoModelForImageClassification.from_pretrained(name, use_safetensors=True))
+    config = AutoConfig.from_pretrained(name, num_labels=classes)
+    return _Logits(AutoModelForImageClassification.from_config(config))
+
+
+def _need_rgb(channels: int) -> None:
+    if channels != 3:
+        raise ValueError(f"it takes images of 3 channels, not {channels}")
+
+
+_PROVIDERS: dict[str, Callable[[str, int, int, bool], nn.Module]] = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "hf": _hf,
+}

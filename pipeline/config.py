@@ -1,0 +1,119 @@
+"""Configuration as typed, frozen objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import UsageError
+
+C = TypeVar("C", bound=BaseModel)
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, and an unknown name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrainConfig(Config):
+    """How the training loop optimises a model."""
+
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(128, ge=1)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0, description="peak learning rate, decayed by a cosine to zero")
+    weight_decay: float = Field(0.01, ge=0)
+    checkpoint_epochs: int = Field(10, ge=1, description="epochs between two checkpoints")
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``over`` put in its place, mapping by mapping."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """``["recover.lr=0.1", ...]`` as a nested mapping; values are read as YAML scalars.
+
+    Raises:
+        UsageError: an assignment is not of the form ``a.b=value``.
+    """
+    result: dict[str, Any] = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not all(path.split(".")):
+            raise UsageError(
+                f"'--set {assignment}' is not an assignment.",
+                hint="Write it as --set section.name=value, for example --set recover.lr=0.1.",
+                code="bad-assignment",
+            )
+        try:
+            value: Any = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        for name in reversed(path.split(".")):
+            value = {name: value}
+        result = merge(result, value)
+    return result
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UsageError: the file cannot be read, is not YAML or holds something else.
+    """
+    hint = "Start from what --print-config prints."
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).replace("\n", " ")
+        raise UsageError(
+            f"The configuration file cannot be read: {reason}.",
+            hint=hint,
+            code="bad-config-file",
+            where=str(path),
+        ) from error
+    if not isinstance(values, dict):
+        raise UsageError(
+            "The configuration file does not hold a mapping of names to values.",
+            hint=hint,
+            code="bad-config-file",
+            where=str(path),
+        )
+    return values
+
+
+def build(kind: type[C], values: Mapping[str, Any]) -> C:
+    """``kind(**values)`` with messages meant for a person.
+
+    Raises:
+        UsageError: a name is unknown or a value is out of its range.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, item['loc'])) or 'configuration'}: {item['msg']}"
+            f" (given: {item['input']!r})"
+            for item in error.errors(include_url=False)
+        ]
+        raise UsageError(
+            f"The configuration does not hold: {'; '.join(problems)}.",
+            hint="--print-config shows every name with its present value.",
+            code="bad-config",
+        ) from error
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """``config`` as a YAML document that :func:`read_yaml` takes back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,245 @@
+"""Distil a data set into a few synthetic images a class with soft labels (CDA)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config import Config, TrainConfig, merge
+from pipeline.dataset_distill.config import (
+    ImageConfig,
+    RecoverConfig,
+    RelabelConfig,
+    SqueezeConfig,
+    StudentConfig,
+)
+from pipeline.dataset_distill.squeeze import Squeeze
+from pipeline.dataset_distill.student import Student
+from pipeline.datasets import Dataset
+from pipeline.digest import digest
+from pipeline.errors import RunError
+from pipeline.orchestration.run import Run
+from pipeline.orchestration.steps import Fit
+from pipeline.recipes import Recipe
+from pipeline.recipes.distill_report import evaluation_table, report
+from pipeline.stages.decode import Decode
+from pipeline.stages.recover import Recover
+from pipeline.stages.relabel import Relabel
+from pipeline.stages.select import Columns, Keep, Split
+from pipeline.storage.artifact import ArtifactSource
+from pipeline.storage.parquet import ParquetFormat
+from pipeline.storage.regroup import RegroupedSource, cut
+from pipeline.storage.source import Source, TableSource
+from pipeline.storage.webdataset import WebDatasetFormat
+from pipeline.storage.weights import WeightsFile
+from pipeline.storage.zarr import ZarrFormat
+
+log = logging.getLogger(__name__)
+
+
+class DistillConfig(Config):
+    """Configuration of the recipe ``distill``."""
+
+    ipc: int = Field(10, ge=1, description="synthetic images per class")
+    image: ImageConfig = ImageConfig()
+    teacher: SqueezeConfig = SqueezeConfig()
+    recover: RecoverConfig = RecoverConfig()
+    relabel: RelabelConfig = RelabelConfig()
+    student: StudentConfig = StudentConfig()
+    seeds: int = Field(3, ge=1, description="students trained for each row of the evaluation")
+
+
+def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
+    """Squeeze, recover, relabel and evaluate; publish images, labels, teacher and evaluation."""
+    image, classes = config.image, data.train.classes
+    decode = Decode(image.size, image.channels)
+    train_part, test_part = ([], []) if data.test else ([Split("train")], [Split("test")])
+
+    index = run.map(
+        "index", data.train, [*train_part, Columns(("key", "label"))], to=ParquetFormat()
+    )
+    chosen = choose_at_random(index, config.ipc, run.seed)
+    test = run.map("test", data.test or data.train, [*test_part, decode], to=ParquetFormat())
+
+    inputs: dict[str, Source] = {"test": test}
+    if config.teacher.weights is None:
+        inputs["train"] = run.map("train", data.train, [*train_part, decode], to=ParquetFormat())
+    teacher = run.fit("teacher", _squeeze(config, len(classes)), **inputs)
+
+    rows = min(config.recover.batch_size, len(classes))
+    plan = synthesis_plan(classes, config.ipc, rows)
+    images = run.map(
+        "images", plan, [Recover(teacher, config.recover, image)], to=WebDatasetFormat()
+    )
+    relabel = Relabel(teacher, config.relabel, image, rows)
+    labels = run.map("labels", images, [decode, relabel], to=ZarrFormat())
+
+    pool = run.map(
+        "real", data.train, [*train_part, Keep(tuple(sorted(chosen))), decode], to=ParquetFormat()
+    )
+    real = RegroupedSource(pool, chosen, rows)
+    real_labels = run.map("real-labels", real, [relabel], to=ZarrFormat())
+
+    backbone = config.student.backbone or config.teacher.backbone
+    arms: tuple[tuple[str, Source, Literal["soft", "hard"]], ...] = (
+        ("distilled-soft", labels, "soft"),
+        ("random-real-soft", real_labels, "soft"),
+        ("random-real-hard", real_labels, "hard"),
+    )
+    students = run.fit_each(
+        "students",
+        {
+            f"{arm}-{seed}": Fit(
+                Student(config.student, backbone, image, len(classes), kind, seed),
+                {"train": source, "test": test},
+            )
+            for arm, source, kind in arms
+            for seed in range(config.seeds)
+        },
+    )
+    rows_of_evaluation = evaluation_table(teacher, students)
+    evaluation = run.map(
+        "evaluation",
+        TableSource((("evaluation", pa.Table.from_pylist(rows_of_evaluation)),)),
+        [],
+        to=ParquetFormat(),
+    )
+    products = {
+        "images": images.artifact,
+        "labels": labels.artifact,
+        "teacher": teacher,
+        "students": students,
+        "evaluation": evaluation.artifact,
+    }
+    about = {
+        "dataset": data.name,
+        "classes": list(classes),
+        "evaluation": rows_of_evaluation,
+        "config": _portable(config),
+        "seed": run.seed,
+    }
+    if not run.published("distilled", products):
+        page = report(about, images, labels, real, teacher, students)
+        run.publish("distilled", products, about, page)
+    return {**about, "images": str(images.artifact.path), "labels": str(labels.artifact.path)}
+
+
+def choose_at_random(index: ArtifactSource, ipc: int, seed: int) -> tuple[str, ...]:
+    """``ipc`` real samples of every class, in the order of :func:`synthesis_plan`.
+
+    The samples of a class are ranked by the digest of (seed, key): the choice does not depend on
+    the order in which they are stored.
+
+    Raises:
+        RunError: a class has too few samples.
+    """
+    table = pa.concat_tables(index.tables())
+    by_class: dict[int, list[str]] = {label: [] for label in range(len(index.classes))}
+    for key, label in zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True):
+        by_class[label].append(key)
+    needed = max(ipc, 2)
+    small = {index.classes[c]: len(keys) for c, keys in by_class.items() if len(keys) < needed}
+    if small:
+        listing = ", ".join(f"'{name}' has {count}" for name, count in list(small.items())[:5])
+        raise RunError(
+            f"{len(small)} of {len(by_class)} classes have too few training images for --ipc "
+            f"{ipc}, which needs {needed} of each: {listing}.",
+            hint="Add images to these classes, remove the classes, or lower --ipc.",
+            code="small-class",
+        )
+    ranked = {
+        label: sorted(keys, key=lambda key: digest(seed, "random-real", key))[:ipc]
+        for label, keys in by_class.items()
+    }
+    return tuple(ranked[label][i] for i in range(ipc) for label in sorted(ranked))
+
+
+def synthesis_plan(classes: tuple[str, ...], ipc: int, rows: int) -> TableSource:
+    """Keys and labels of the images to make, ``rows`` a shard, all of another class.
+
+    Source: CDA; one batch of the optimisation is one shard, since its BatchNorm statistics, and so
+    its images, depend on which images it holds.
+    """
+    pairs = [(label, index) for index in range(ipc) for label in range(len(classes))]
+    parts = [
+        (
+            f"{number:05d}",
+            pa.table(
+                {
+                    "key": [f"class{label:05d}-{index:04d}" for label, index in group],
+                    "label": pa.array([label for label, _ in group], pa.int64()),
+                }
+            ),
+        )
+        for number, group in enumerate(cut(pairs, rows))
+    ]
+    return TableSource(tuple(parts), classes)
+
+
+SMALL: dict[str, Any] = {
+    "recover": {"jitter": 4, "crop_floor": 0.25, "batch_size": 100},
+    "relabel": {"crop_floor": 0.25},
+}
+PRESETS: dict[str, Any] = {
+    "digits": {
+        "teacher": {
+            "backbone": "convnet3",
+            "train": TrainConfig(epochs=25, batch_size=64, lr=2e-3).model_dump(),
+        },
+        "recover": {"iterations": 400, "jitter": 2},
+        "relabel": {"views": 150},
+        "student": {"train": TrainConfig(epochs=150, batch_size=20, lr=2e-3).model_dump()},
+    },
+    "cifar10": {
+        "teacher": {
+            "backbone": "resnet20",
+            "train": TrainConfig(
+                epochs=30, optimizer="sgd", lr=0.1, weight_decay=5e-4
+            ).model_dump(),
+        },
+        "recover": {"iterations": 1000},
+        "relabel": {"views": 300},
+        "student": {"train": TrainConfig(epochs=300, batch_size=20, lr=2e-3).model_dump()},
+    },
+}
+
+
+def defaults(data: Dataset) -> dict[str, Any]:
+    """Settings for a data set: its own preset, or one for its image size."""
+    image = dict(data.image) or {"size": 32, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    values: dict[str, Any] = {"image": image}
+    if image["size"] <= 64:
+        preset = data.name if data.name in PRESETS else "cifar10"
+        values = merge(merge(values, SMALL), PRESETS[preset])
+    return values
+
+
+def _squeeze(config: DistillConfig, classes: int) -> Squeeze:
+    """The teacher's task; a file of weights counts by its content, not by where it lies."""
+    weights = config.teacher.weights
+    if weights is None or weights == "pretrained":
+        return Squeeze(config.teacher, config.image, classes)
+    file = WeightsFile(Path(weights))
+    teacher = config.teacher.model_copy(update={"weights": file.name})
+    return Squeeze(teacher, config.image, classes, file)
+
+
+def _portable(config: DistillConfig) -> Mapping[str, Any]:
+    """The configuration as a manifest holds it: a path on one machine says nothing on another."""
+    values = config.model_dump(mode="json")
+    if config.teacher.weights:
+        values["teacher"]["weights"] = Path(config.teacher.weights).name
+    return values
+
+
+RECIPE = Recipe(
+    DistillConfig,
+    defaults,
+    {"ipc": "ipc", "teacher-weights": "teacher.weights", "teacher-backbone": "teacher.backbone"},
+    distill,
+)

@@ -1,0 +1,49 @@
+"""The stage contract: one Arrow table in, one Arrow table out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+
+@dataclass
+class ShardContext:
+    """What a stage knows about the shard at hand, and where it reports what it left out.
+
+    ``seed`` belongs to (run, step); a stage adds the sample's key to it, never a worker's number.
+    """
+
+    shard: str
+    seed: int
+    filtered: dict[str, int] = field(default_factory=dict)
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def filter(self, reason: str, rows: int = 1) -> None:
+        """Count ``rows`` samples left out on purpose."""
+        if rows:
+            self.filtered[reason] = self.filtered.get(reason, 0) + rows
+
+    def quarantine(self, key: str, reason: str, detail: str, data: bytes) -> None:
+        """Set a bad sample aside with its original bytes.
+
+        Args:
+            key: the sample's key.
+            reason: a short stable code such as ``decode-error``.
+            detail: one sentence for a person.
+            data: the bytes as they were read.
+        """
+        self.bad.append({"key": key, "reason": reason, "detail": detail, "data": data})
+
+
+class Stage(Protocol):
+    """A frozen dataclass that maps one shard's table to another.
+
+    Its fields and its class attribute ``version`` make up its identity: whoever changes what a
+    stage writes raises ``version``. Every row that comes in must go out, or be reported to the
+    context as filtered or quarantined.
+    """
+
+    def __call__(self, table: pa.Table, context: ShardContext) -> pa.Table: ...

@@ -1,0 +1,103 @@
+"""Parquet, in the layout of Hugging Face data sets and as a format of this project."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.digest import digest
+from pipeline.errors import UsageError
+from pipeline.storage.formats import Region
+from pipeline.storage.listing import file_identity
+from pipeline.storage.source import Shard, Source
+
+
+@dataclass(frozen=True)
+class ParquetSource(Source):
+    """Parquet files with ``image`` (binary, or struct of bytes and path) and ``label`` (int).
+
+    One row group is one shard. The key is the column ``key`` or ``file_name``, the image's path,
+    or ``<file>-<row>`` where there is neither. Class names come from the Hugging Face metadata.
+    """
+
+    paths: tuple[Path, ...]
+    class_names: tuple[str, ...] = ()
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        if self.class_names:
+            return self.class_names
+        metadata: Mapping[bytes, bytes] = pq.read_schema(self.paths[0]).metadata or {}
+        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features")
+        label: Any = (features or {}).get("label", {})
+        if names := label.get("names"):
+            return tuple(names)
+        top = max(
+            pc.max(pq.read_table(path, columns=["label"])["label"]).as_py() for path in self.paths
+        )
+        return tuple(str(index) for index in range(top + 1))
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        shards = []
+        for path in self.paths:
+            metadata = pq.read_metadata(path)
+            first = 0
+            for group in range(metadata.num_row_groups):
+                rows = metadata.row_group(group).num_rows
+                location = {"path": str(path), "group": group, "first": first}
+                identity = digest(file_identity(path), group, "parquet")
+                shards.append(Shard(f"{path.stem}-{group:05d}", identity, rows, location))
+                first += rows
+        return tuple(shards)
+
+    def read(self, shard: Shard) -> pa.Table:
+        path = Path(shard.location["path"])
+        table = pq.ParquetFile(path).read_row_group(shard.location["group"])
+        missing = {"image", "label"} - set(table.column_names)
+        if missing:
+            raise UsageError(
+                f"The Parquet file has no column {' or '.join(sorted(missing))}.",
+                hint="It needs 'image' (binary, or a struct of bytes and path) and 'label' (int).",
+                code="bad-columns",
+                where=str(path),
+            )
+        image, names = table["image"].combine_chunks(), None
+        if pa.types.is_struct(image.type):
+            image, names = image.field("bytes"), image.field("path")
+        keys = next((table[c] for c in ("key", "file_name") if c in table.column_names), names)
+        if keys is None or keys.null_count:
+            first = shard.location["first"]
+            keys = pa.array([f"{path.stem}-{first + row:08d}" for row in range(len(table))])
+        return pa.table(
+            {
+                "key": keys.cast(pa.string()),
+                "image": image.cast(pa.binary()),
+                "label": table["label"].cast(pa.int64()),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class ParquetFormat:
+    """One zstd-compressed Parquet file with page checksums a shard; tensors stay tensors."""
+
+    name: ClassVar[str] = "parquet"
+    regular: ClassVar[bool] = False
+
+    def write(self, table: pa.Table, directory: Path, region: Region) -> None:
+        path = directory / f"{region.name}.parquet"
+        pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+
+    def read(self, directory: Path, name: str, offset: int, rows: int) -> pa.Table:
+        return pq.read_table(
+            directory / f"{name}.parquet", page_checksum_verification=True, partitioning=None
+        )

@@ -1,0 +1,87 @@
+"""What a data set is made of: an ordered, frozen list of shards and a way to read each."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.digest import digest
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a source: the unit of work, of commit and of retry.
+
+    Attributes:
+        name: file-name stem that is unique in its source.
+        identity: digest that changes whenever what the shard holds changes.
+        rows: number of samples, where it is known without reading.
+        location: what the source needs to find the shard again; plain JSON.
+    """
+
+    name: str
+    identity: str
+    rows: int | None = None
+    location: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(ABC):
+    """A data set seen as shards.
+
+    ``read`` gives a table with at least ``key`` (string, unique in the data set), and where the
+    source has them ``image`` (encoded bytes as they were found, or a fixed-shape uint8 tensor
+    H x W x C) and ``label`` (int64 index into ``classes``). The list of shards depends on the
+    input alone, never on who reads it.
+    """
+
+    @property
+    @abstractmethod
+    def shards(self) -> tuple[Shard, ...]:
+        """The shards, in order."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> tuple[str, ...]:
+        """Class names by label; empty where the source has no labels."""
+
+    @abstractmethod
+    def read(self, shard: Shard) -> pa.Table:
+        """The samples of one shard."""
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of the list of shards and of the class names."""
+        return digest([shard.identity for shard in self.shards], self.classes)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Every shard's table, in order."""
+        for shard in self.shards:
+            yield self.read(shard)
+
+
+@dataclass(frozen=True)
+class TableSource(Source):
+    """Shards held in memory: lists of keys and labels made by a recipe.
+
+    Args:
+        parts: (shard name, table) pairs in order.
+        classes: class names by label.
+    """
+
+    parts: tuple[tuple[str, pa.Table], ...]
+    classes: tuple[str, ...] = ()
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        return tuple(
+            Shard(name, digest(name, table.to_pydict()), table.num_rows)
+            for name, table in self.parts
+        )
+
+    def read(self, shard: Shard) -> pa.Table:
+        return dict(self.parts)[shard.name]
