@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,19 +23,16 @@ from pipeline.tensors import to_numpy
 
 @dataclass(frozen=True)
 class Student:
-    """Train on the stored views of ``train`` and score on ``test``.
+    """Learn the stored logits of the stored views of ``train``, and be scored on ``test``.
 
-    ``soft`` learns the stored logits of each mixed view: temperature-scaled KL divergence times
-    the squared temperature (Hinton et al., 2015). ``hard`` learns the class labels by
-    cross-entropy on the same crops and flips, without CutMix.
+    The loss is the KL divergence of temperature-scaled outputs, times the squared temperature
+    (Hinton et al., 2015).
     """
 
     config: StudentConfig
     backbone: str
     image: ImageConfig
     classes: int
-    labels: Literal["soft", "hard"]
-    seed: int
 
     version: ClassVar[int] = 1
 
@@ -45,8 +42,6 @@ class Student:
         model = backbones.build(self.backbone, self.classes, self.image.channels).to(device)
         table = inputs["train"]
         views = Views(*(to_numpy(table[name]) for name in Views.NAMES)).to(device)
-        if self.labels == "hard":
-            views = Views(views.crop, views.flip, views.partner, torch.zeros_like(views.box))
         logits = torch.from_numpy(np.array(to_numpy(table["logits"]))).to(device)
         train = LabelledImages.of(table, self.image, device)
         test = LabelledImages.of(inputs["test"], self.image, device)
@@ -79,17 +74,14 @@ class StudentTraining:
         for rows in self.train.epoch_rows(self.seed, epoch, self.config.batch_size):
             view = torch.full_like(rows, number)
             x = render(self.train.images, self.views, rows, view)
-            hard = self.task.labels == "hard"
-            yield x, self.train.labels[rows] if hard else self.logits[rows, view].float()
+            yield x, self.logits[rows, view].float()
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, target = batch
         output = self.model(x)
-        if self.task.labels == "hard":
-            return F.cross_entropy(output, target)
         heat = self.task.config.temperature
         student, teacher = F.log_softmax(output / heat, 1), F.log_softmax(target / heat, 1)
         return heat**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
     def evaluate(self) -> dict[str, Any]:
-        return {**accuracy(self.model, self.test), "labels": self.task.labels}
+        return accuracy(self.model, self.test)

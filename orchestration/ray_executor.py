@@ -1,4 +1,4 @@
-"""Units on Ray Data: one unit is one block, worked on by a pool of actors."""
+"""Units on Ray Data: one unit is one block and one task."""
 
 from __future__ import annotations
 
@@ -14,39 +14,57 @@ from pipeline.errors import RunError
 from pipeline.orchestration.executor import Work, attempt
 
 
-class _Worker:
-    """Keeps the work, and so what it has loaded, from unit to unit."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-
-    def __call__(self, units: pa.Table) -> pa.Table:
-        records = [json.dumps(attempt(self.work, unit)) for unit in units["unit"].to_pylist()]
-        return pa.table({"record": records})
+def _do(units: pa.Table, work: Work) -> pa.Table:
+    records = [json.dumps(attempt(work, unit)) for unit in units["unit"].to_pylist()]
+    return pa.table({"record": records})
 
 
 class RayExecutor:
     """Runs units on a Ray cluster; only their records travel to the driver.
 
+    Ray is started, or joined, when the first unit is to be done.
+
     Args:
         address: the cluster to join; without it one is started on this machine.
-        workers: actors a step may use at once; without it as many as there are CPUs for.
+        workers: tasks that run at once; without it as many as there are CPUs for.
     """
 
     def __init__(self, address: str | None = None, workers: int | None = None) -> None:
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        self._address = address
+        self._workers = workers
+        self._ray: Any = None
+
+    def run(self, work: Work, units: Sequence[str], threads: int) -> Iterator[dict[str, Any]]:
+        ray = self._start(threads)
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        workers = self._workers or max(1, cpus // threads)
+        rows = ray.data.from_arrow([pa.table({"unit": [unit]}) for unit in units]).map_batches(
+            # Tasks, not actors: Ray keeps a task's process for the next step, with all that it has
+            # imported and loaded, while a pool of actors is started anew for each.
+            _do,
+            fn_args=(work,),
+            compute=ray.data.TaskPoolStrategy(size=min(workers, len(units))),
+            num_cpus=threads,
+            batch_size=None,
+            batch_format="pyarrow",
+        )
+        for row in rows.iter_rows():
+            yield json.loads(row["record"])
+
+    def _start(self, threads: int) -> Any:
+        if self._ray is not None:
+            return self._ray
         import ray
 
-        self._ray = ray
-        self._workers = workers
+        # A cluster of our own is made large enough for what was asked: Ray would wait for ever.
+        cpus = max(os.cpu_count() or 1, threads * (self._workers or 1))
         try:
             ray.init(
-                address=address,
-                num_cpus=None if address else max(workers or 0, os.cpu_count() or 1),
-                include_dashboard=False if address is None else None,
+                address=self._address,
+                num_cpus=None if self._address else cpus,
+                include_dashboard=None if self._address else False,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
-                configure_logging=True,
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise RunError(
@@ -58,21 +76,10 @@ class RayExecutor:
         context.enable_progress_bars = False
         context.target_max_block_size = None
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-    def run(self, work: Work, units: Sequence[str], threads: int) -> Iterator[dict[str, Any]]:
-        data = self._ray.data
-        cpus = int(self._ray.cluster_resources().get("CPU", 1))
-        workers = self._workers or max(1, cpus // threads)
-        rows = data.from_arrow([pa.table({"unit": [unit]}) for unit in units]).map_batches(
-            _Worker,
-            fn_constructor_args=(work,),
-            compute=data.ActorPoolStrategy(min_size=1, max_size=min(workers, len(units))),
-            num_cpus=min(threads, cpus),
-            batch_size=None,
-            batch_format="pyarrow",
-        )
-        for row in rows.iter_rows():
-            yield json.loads(row["record"])
+        self._ray = ray
+        return ray
 
     def close(self) -> None:
-        self._ray.shutdown()
+        if self._ray is not None:
+            self._ray.shutdown()
+            self._ray = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,11 +178,21 @@ def open_run(out: Path, executor: Executor, **options: Any) -> Iterator[Run]:
         UsageError: ``out`` cannot be written.
         RunError: another process is writing it.
     """
+    with exclusive(out / WORK), _log_file(out / WORK / "log.txt"), closing(executor):
+        yield Run(out, executor, **options)
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("pipeline")
+    logger.addHandler(handler)
     try:
-        with exclusive(out / WORK):
-            yield Run(out, executor, **options)
+        yield
     finally:
-        executor.close()
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def add_counts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

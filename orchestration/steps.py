@@ -66,7 +66,8 @@ class MapWork:
     def _plan(self) -> dict[str, tuple[Shard, Region]]:
         shards = self.source.shards
         rows = [shard.rows or 0 for shard in shards]
-        if self.writer.regular and (None in {s.rows for s in shards} or len({*rows[:-1]}) > 1):
+        ragged = None in {s.rows for s in shards} or len({*rows[:-1]}) > 1 or rows[-1:] > rows[:1]
+        if self.writer.regular and ragged:
             raise RunError(
                 f"The format '{self.writer.name}' needs shards of one known size.",
                 hint="Write this data set as parquet or webdataset.",
@@ -77,7 +78,7 @@ class MapWork:
         for index, shard in enumerate(shards):
             offset = ends[index] - rows[index] if ends else 0
             total = ends[-1] if ends else 0
-            plan[shard.name] = shard, Region(shard.name, offset, max(rows[0], rows[-1]), total)
+            plan[shard.name] = shard, Region(shard.name, offset, rows[0], total)
         return plan
 
     def __call__(self, unit: str) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class MapWork:
                 "name": unit,
                 "rows": table.num_rows,
                 "offset": region.offset,
-                "files": publish(folder, self.folders.artifact),
+                "files": [vars(entry) for entry in publish(folder, self.folders.artifact)],
                 "counts": {
                     "in": rows_in,
                     "out": table.num_rows,
@@ -115,7 +116,7 @@ class MapWork:
                 "metrics": context.metrics,
             }
         self.folders.ledger.write(unit, record)
-        return record_json(record)
+        return record
 
 
 @dataclass(frozen=True)
@@ -148,17 +149,12 @@ class FitWork:
             (folder / unit / "history.json").write_bytes(dumps({"loss": result.losses}))
             record = {
                 "name": unit,
-                "files": publish(folder, self.folders.artifact),
+                "files": [vars(entry) for entry in publish(folder, self.folders.artifact)],
                 "metrics": result.metrics,
             }
         self.folders.ledger.write(unit, record)
         checkpoint.unlink(missing_ok=True)
-        return record_json(record)
-
-
-def record_json(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A shard record as plain JSON types, as it stands in the ledger."""
-    return {**record, "files": [vars(entry) for entry in record["files"]]}
+        return record
 
 
 def _apply(stage: Stage, table: pa.Table, context: ShardContext) -> pa.Table:

@@ -45,7 +45,7 @@ class Decode:
                 kept.append(row)
             except _TooLargeError as error:
                 context.quarantine(key, "too-large", str(error), bytes(image))
-            except (OSError, ValueError, SyntaxError, TypeError, Warning) as error:
+            except Exception as error:  # noqa: BLE001 - damaged files make decoders raise anything
                 context.quarantine(key, "decode-error", str(error), bytes(image or b""))
         shape = (len(pixels), self.size, self.size, self.channels)
         tensor = tensor_column(np.array(pixels, np.uint8).reshape(shape))
@@ -54,13 +54,23 @@ class Decode:
 
     def _pixels(self, picture: Image.Image) -> npt.NDArray[np.uint8]:
         picture.draft("RGB", (self.size, self.size))
-        upright = ImageOps.exif_transpose(picture) or picture
+        upright = _eight_bits(ImageOps.exif_transpose(picture) or picture)
         converted = upright.convert("RGB" if self.channels == 3 else "L")
         square = (self.size, self.size)
         if converted.size != square:
             method = Image.Resampling.BICUBIC
             converted = ImageOps.fit(converted, square, method=method)
         return np.asarray(converted).reshape(self.size, self.size, self.channels)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    # Pillow cuts deeper gray levels off at 255 instead of scaling them.
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    levels = np.asarray(picture) >> 8
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
 class _TooLargeError(Exception):

@@ -57,6 +57,7 @@ def publish(attempt: Path, destination: Path) -> list[FileEntry]:
     Raises:
         RunError: a name is taken by other bytes.
     """
+    destination.mkdir(parents=True, exist_ok=True)
     files = sorted(path for path in attempt.rglob("*") if path.is_file())
     entries = [FileEntry.of(attempt, path) for path in files]
     for path in files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -15,6 +16,14 @@ def files_below(root: Path, extensions: frozenset[str]) -> list[Path]:
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
     ]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def shard_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each file: its stem, after its number where two files have the same stem."""
+    stems = [path.stem for path in paths]
+    if len(set(stems)) == len(stems):
+        return stems
+    return [f"{number:05d}-{stem}" for number, stem in enumerate(stems)]
 
 
 def file_identity(path: Path) -> list[object]:

@@ -86,11 +86,18 @@ class NpzSource(Source):
         stop = start + (shard.rows or 0)
         images = self._array(f"x_{self.split}")[start:stop]
         labels = self._array(f"y_{self.split}")[start:stop]
+        if images.dtype != np.uint8:
+            raise UsageError(
+                f"The images of the split '{self.split}' are {images.dtype}, not uint8.",
+                hint="Save them as numbers from 0 to 255 in uint8.",
+                code="bad-dtype",
+                where=str(self.path),
+            )
         images = images[..., None] if images.ndim == 3 else images
         return pa.table(
             {
                 "key": [f"{self.split}-{row:08d}" for row in range(start, stop)],
-                "image": tensor_column(images.astype(np.uint8, copy=False)),
+                "image": tensor_column(images),
                 "label": pa.array(labels.astype(np.int64)),
             }
         )

@@ -90,7 +90,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
         with (folder / "classes.tsv").open(encoding="utf-8", newline="") as file:
             return tuple(row[-1] for row in csv.reader(file, delimiter="\t"))
     if (folder / "classes.txt").is_file():
-        return tuple((folder / "classes.txt").read_text(encoding="utf-8").split("\n")[:-1])
+        return tuple((folder / "classes.txt").read_text(encoding="utf-8").splitlines())
     return ()
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.digest import digest
 from pipeline.errors import UsageError
 from pipeline.storage.formats import Region
-from pipeline.storage.listing import file_identity
+from pipeline.storage.listing import file_identity, shard_names
 from pipeline.storage.source import Shard, Source
 
 
@@ -48,14 +48,14 @@ class ParquetSource(Source):
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
         shards = []
-        for path in self.paths:
+        for name, path in zip(shard_names(self.paths), self.paths, strict=True):
             metadata = pq.read_metadata(path)
             first = 0
             for group in range(metadata.num_row_groups):
                 rows = metadata.row_group(group).num_rows
-                location = {"path": str(path), "group": group, "first": first}
+                location = {"path": str(path), "name": name, "group": group, "first": first}
                 identity = digest(file_identity(path), group, "parquet")
-                shards.append(Shard(f"{path.stem}-{group:05d}", identity, rows, location))
+                shards.append(Shard(f"{name}-{group:05d}", identity, rows, location))
                 first += rows
         return tuple(shards)
 
@@ -75,8 +75,8 @@ class ParquetSource(Source):
             image, names = image.field("bytes"), image.field("path")
         keys = next((table[c] for c in ("key", "file_name") if c in table.column_names), names)
         if keys is None or keys.null_count:
-            first = shard.location["first"]
-            keys = pa.array([f"{path.stem}-{first + row:08d}" for row in range(len(table))])
+            name, first = shard.location["name"], shard.location["first"]
+            keys = pa.array([f"{name}-{first + row:08d}" for row in range(len(table))])
         return pa.table(
             {
                 "key": keys.cast(pa.string()),

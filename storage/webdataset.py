@@ -17,11 +17,21 @@ from pipeline.digest import digest
 from pipeline.errors import RunError
 from pipeline.storage.formats import Region
 from pipeline.storage.images import EXTENSIONS, encode_png
-from pipeline.storage.listing import file_identity
+from pipeline.storage.listing import file_identity, shard_names
 from pipeline.storage.source import Shard, Source
 from pipeline.tensors import is_tensor, to_numpy
 
 MAX_MEMBER_BYTES = 256 * 2**20
+STARTS = {
+    b"\x89PNG": "png",
+    b"\xff\xd8": "jpg",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\0": "tif",
+    b"MM\0*": "tif",
+    b"P5": "pgm",
+    b"P6": "ppm",
+}
 
 
 def read_samples(path: Path) -> Iterator[dict[str, bytes | str]]:
@@ -56,10 +66,20 @@ def read_samples(path: Path) -> Iterator[dict[str, bytes | str]]:
                 if len(data) != member.size:
                     raise _damaged(path, f"member '{member.name[:80]}' is cut short")
                 sample[extension.lower()] = data
+            end = tar.offset
+        _check_end(path, end)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     if sample:
         yield sample
+
+
+def _check_end(path: Path, offset: int) -> None:
+    # tarfile takes a damaged or missing header for the end of the archive.
+    with path.open("rb") as file:
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise _damaged(path, f"it breaks off at byte {offset}")
 
 
 def _damaged(path: Path, what: str) -> RunError:
@@ -84,8 +104,8 @@ class WebDatasetSource(Source):
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
         return tuple(
-            Shard(path.stem, digest(file_identity(path), "webdataset"), None, {"path": str(path)})
-            for path in self.paths
+            Shard(name, digest(file_identity(path), "webdataset"), None, {"path": str(path)})
+            for name, path in zip(shard_names(self.paths), self.paths, strict=True)
         )
 
     def read(self, shard: Shard) -> pa.Table:
@@ -110,8 +130,9 @@ def _row(sample: dict[str, Any], path: Path) -> dict[str, Any]:
 class WebDatasetFormat:
     """One tar a shard: the image as PNG, the other columns as JSON.
 
-    Time, owner and mode of every member are fixed. A dot in a key is written as ``%2E``, since
-    readers take the key up to the first dot; the JSON member holds the key as it is.
+    Time, owner and mode of every member are fixed. A dot in a key is written as ``%2E`` (and a
+    percent sign as ``%25``), since readers take the key up to the first dot; the JSON member holds
+    the key as it is.
     """
 
     name: ClassVar[str] = "webdataset"
@@ -123,7 +144,7 @@ class WebDatasetFormat:
         others = table.drop_columns(["image"]).to_pylist()
         with tarfile.open(directory / f"{region.name}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
             for row, other in enumerate(others):
-                stem = other["key"].replace(".", "%2E")
+                stem = other["key"].replace("%", "%25").replace(".", "%2E")
                 data = images[row].as_py() if pixels is None else encode_png(pixels[row])
                 _add(tar, f"{stem}.{_extension(data)}", data)
                 _add(tar, f"{stem}.json", json.dumps(other, sort_keys=True).encode())
@@ -132,7 +153,7 @@ class WebDatasetFormat:
         path = directory / f"{name}.tar"
         records = []
         for sample in read_samples(path):
-            image = next(sample[part] for part in sorted(sample) if part in EXTENSIONS)
+            image = next(data for part, data in sample.items() if part not in {"__key__", "json"})
             records.append({**json.loads(sample["json"]), "image": image})
         if len(records) != rows:
             raise _damaged(path, f"{len(records)} samples where the manifest says {rows}")
@@ -147,8 +168,6 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _extension(data: bytes) -> str:
-    if data.startswith(b"\x89PNG"):
-        return "png"
-    if data.startswith(b"\xff\xd8"):
-        return "jpg"
-    return "webp" if data[8:12] == b"WEBP" else "bin"
+    if data[8:12] == b"WEBP":
+        return "webp"
+    return next((name for start, name in STARTS.items() if data.startswith(start)), "bin")

@@ -17,7 +17,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from pipeline.errors import RunError
 from pipeline.storage.formats import Region
-from pipeline.tensors import tensor_column, to_numpy
+from pipeline.tensors import is_tensor, tensor_column, to_numpy
 
 NAME = "data.zarr"
 
@@ -38,7 +38,7 @@ class ZarrFormat:
         with _quiet():
             group = zarr.open_group(directory / NAME, mode="w", zarr_format=3)
             for column in table.column_names:
-                values = _values(table[column])
+                values = _values(column, table[column])
                 array = group.create_array(
                     column,
                     shape=(region.total_rows, *values.shape[1:]),
@@ -71,8 +71,18 @@ class ZarrFormat:
         return pa.table(columns)
 
 
-def _values(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    if pa.types.is_string(column.type):
+def _values(name: str, column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    kind = column.type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    if column.null_count or not (text or numbers or is_tensor(kind)):
+        what = f"{column.null_count} missing values" if column.null_count else f"type {kind}"
+        raise RunError(
+            f"The format 'zarr' cannot hold the column '{name}': it has {what}.",
+            hint="Write this data set as parquet, or leave the column out.",
+            code="bad-column",
+        )
+    if text:
         return np.array(column.to_pylist(), dtype=object)
     return to_numpy(column)
 

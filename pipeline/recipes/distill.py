@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
@@ -25,6 +25,7 @@ from pipeline.digest import digest
 from pipeline.errors import RunError
 from pipeline.orchestration.run import Run
 from pipeline.orchestration.steps import Fit
+from pipeline.orchestration.training import TrainingTask
 from pipeline.recipes import Recipe
 from pipeline.recipes.distill_report import evaluation_table, report
 from pipeline.stages.decode import Decode
@@ -63,12 +64,13 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
     index = run.map(
         "index", data.train, [*train_part, Columns(("key", "label"))], to=ParquetFormat()
     )
-    chosen = choose_at_random(index, config.ipc, run.seed)
+    ranked = rank_at_random(index, config.ipc, run.seed)
     test = run.map("test", data.test or data.train, [*test_part, decode], to=ParquetFormat())
 
-    inputs: dict[str, Source] = {"test": test}
+    train = None
     if config.teacher.weights is None:
-        inputs["train"] = run.map("train", data.train, [*train_part, decode], to=ParquetFormat())
+        train = run.map("train", data.train, [*train_part, decode], to=ParquetFormat())
+    inputs: dict[str, Source] = {"test": test, "train": train} if train else {"test": test}
     teacher = run.fit("teacher", _squeeze(config, len(classes)), **inputs)
 
     rows = min(config.recover.batch_size, len(classes))
@@ -79,33 +81,35 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
     relabel = Relabel(teacher, config.relabel, image, rows)
     labels = run.map("labels", images, [decode, relabel], to=ZarrFormat())
 
-    pool = run.map(
-        "real", data.train, [*train_part, Keep(tuple(sorted(chosen))), decode], to=ParquetFormat()
-    )
-    real = RegroupedSource(pool, chosen, rows)
+    candidates = Keep(tuple(sorted(key for keys in ranked for key in keys)))
+    pool = run.map("real", data.train, [*train_part, candidates, decode], to=ParquetFormat())
+    real = RegroupedSource(pool, random_real(pool, ranked, config.ipc), rows)
     real_labels = run.map("real-labels", real, [relabel], to=ZarrFormat())
 
     backbone = config.student.backbone or config.teacher.backbone
-    arms: tuple[tuple[str, Source, Literal["soft", "hard"]], ...] = (
-        ("distilled-soft", labels, "soft"),
-        ("random-real-soft", real_labels, "soft"),
-        ("random-real-hard", real_labels, "hard"),
+    soft = Student(config.student, backbone, image, len(classes))
+    plain = SqueezeConfig(backbone=backbone, train=config.student.train)
+    hard = Squeeze(plain, image, len(classes))
+    arms: tuple[tuple[str, TrainingTask, Source], ...] = (
+        ("distilled-soft", soft, labels),
+        ("random-real-soft", soft, real_labels),
+        ("random-real-hard", hard, real),
     )
     students = run.fit_each(
         "students",
         {
-            f"{arm}-{seed}": Fit(
-                Student(config.student, backbone, image, len(classes), kind, seed),
-                {"train": source, "test": test},
-            )
-            for arm, source, kind in arms
+            f"{arm}-{seed}": Fit(task, {"train": source, "test": test})
+            for arm, task, source in arms
             for seed in range(config.seeds)
         },
     )
-    rows_of_evaluation = evaluation_table(teacher, students)
+    real_images = train.artifact.manifest["counts"]["out"] if train else None
+    table = evaluation_table(
+        teacher, students, images.artifact.manifest["counts"]["out"], real_images
+    )
     evaluation = run.map(
         "evaluation",
-        TableSource((("evaluation", pa.Table.from_pylist(rows_of_evaluation)),)),
+        TableSource((("evaluation", pa.Table.from_pylist(table)),)),
         [],
         to=ParquetFormat(),
     )
@@ -119,18 +123,19 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
     about = {
         "dataset": data.name,
         "classes": list(classes),
-        "evaluation": rows_of_evaluation,
+        "evaluation": table,
         "config": _portable(config),
         "seed": run.seed,
     }
     if not run.published("distilled", products):
-        page = report(about, images, labels, real, teacher, students)
+        inputs_read = [index, test, *([train] if train else [])]
+        page = report(about, images, labels, real, teacher, students, inputs_read)
         run.publish("distilled", products, about, page)
     return {**about, "images": str(images.artifact.path), "labels": str(labels.artifact.path)}
 
 
-def choose_at_random(index: ArtifactSource, ipc: int, seed: int) -> tuple[str, ...]:
-    """``ipc`` real samples of every class, in the order of :func:`synthesis_plan`.
+def rank_at_random(index: ArtifactSource, ipc: int, seed: int) -> list[list[str]]:
+    """Keys of real samples by class: ``ipc`` of each, and a few more should some be damaged.
 
     The samples of a class are ranked by the digest of (seed, key): the choice does not depend on
     the order in which they are stored.
@@ -138,25 +143,39 @@ def choose_at_random(index: ArtifactSource, ipc: int, seed: int) -> tuple[str, .
     Raises:
         RunError: a class has too few samples.
     """
-    table = pa.concat_tables(index.tables())
-    by_class: dict[int, list[str]] = {label: [] for label in range(len(index.classes))}
-    for key, label in zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True):
-        by_class[label].append(key)
-    needed = max(ipc, 2)
-    small = {index.classes[c]: len(keys) for c, keys in by_class.items() if len(keys) < needed}
+    by_class: list[list[str]] = [[] for _ in index.classes]
+    for table in index.tables():
+        for key, label in zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True):
+            by_class[label].append(key)
+    names = zip(index.classes, by_class, strict=True)
+    _check_classes({name: len(keys) for name, keys in names}, ipc)
+    spare = 1 + ipc // 10
+    return [
+        sorted(keys, key=lambda k: digest(seed, "random", k))[: ipc + spare] for keys in by_class
+    ]
+
+
+def random_real(pool: Source, ranked: list[list[str]], ipc: int) -> tuple[str, ...]:
+    """The best ranked ``ipc`` readable samples of each class, in the order of the synthetic ones.
+
+    Raises:
+        RunError: too many of a class's candidates could not be read.
+    """
+    readable = {key for table in pool.tables() for key in table["key"].to_pylist()}
+    kept = [[key for key in keys if key in readable][: max(ipc, 2)] for keys in ranked]
+    _check_classes({name: len(k) for name, k in zip(pool.classes, kept, strict=True)}, ipc)
+    return tuple(keys[index] for index in range(ipc) for keys in kept)
+
+
+def _check_classes(counts: Mapping[str, int], ipc: int) -> None:
+    small = [f"'{name}' has {count}" for name, count in counts.items() if count < max(ipc, 2)]
     if small:
-        listing = ", ".join(f"'{name}' has {count}" for name, count in list(small.items())[:5])
         raise RunError(
-            f"{len(small)} of {len(by_class)} classes have too few training images for --ipc "
-            f"{ipc}, which needs {needed} of each: {listing}.",
+            f"{len(small)} of {len(counts)} classes have too few readable training images for "
+            f"--ipc {ipc}, which needs {max(ipc, 2)} of each: {', '.join(small[:5])}.",
             hint="Add images to these classes, remove the classes, or lower --ipc.",
             code="small-class",
         )
-    ranked = {
-        label: sorted(keys, key=lambda key: digest(seed, "random-real", key))[:ipc]
-        for label, keys in by_class.items()
-    }
-    return tuple(ranked[label][i] for i in range(ipc) for label in sorted(ranked))
 
 
 def synthesis_plan(classes: tuple[str, ...], ipc: int, rows: int) -> TableSource:

@@ -1,0 +1,30 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(INSTALLED)  ## Install, then distil the bundled digits and write a report
+	$(BIN)/pipeline run distill digits --ipc 10 --out runs/demo
+
+test: $(INSTALLED)  ## Install, then run the tests
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(INSTALLED)  ## The scientific runs of several minutes
+	$(BIN)/pytest -m slow
+
+lint: $(INSTALLED)  ## Style, types and structure
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_structure.py
+
+clean:
+	rm -rf $(VENV) runs
+
+# constraints.txt holds the versions that were tested together.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(INSTALLED)

@@ -1,0 +1,68 @@
+"""What every source promises."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.storage.source import Shard, Source
+from pipeline.tensors import is_tensor
+from pipeline.testing.pickled import pickled
+from pipeline.testing.tables import assert_same_rows
+
+
+def check_source(source: Source) -> None:
+    """Check the contract of :class:`~pipeline.storage.source.Source`; reads everything twice.
+
+    Args:
+        source: a small one, with at least one sample.
+
+    Raises:
+        AssertionError: a promise is broken; the message says which.
+    """
+    again = pickled(source)
+    _check_shards(source.shards)
+    assert source.shards == again.shards, "a copy sees other shards, or in another order"
+    assert source.identity == again.identity, "a copy has another identity"
+    assert source.classes == again.classes, "a copy has other classes"
+    keys: list[str] = []
+    for shard in source.shards:
+        table = source.read(shard)
+        assert_same_rows(again.read(shard), table)
+        _check_table(table, shard, len(source.classes))
+        keys += table["key"].to_pylist()
+    assert keys, "there are no samples to check"
+    assert len(set(keys)) == len(keys), "two samples have the same key"
+
+
+def _check_shards(shards: tuple[Shard, ...]) -> None:
+    assert isinstance(shards, tuple), "shards are not a tuple"
+    names = [shard.name for shard in shards]
+    assert len(set(names)) == len(names), "two shards have the same name"
+    for shard in shards:
+        plain = bool(shard.name) and "/" not in shard.name and not shard.name.startswith(".")
+        assert plain, f"'{shard.name}' cannot be the name of a file"
+        carried = json.loads(json.dumps(shard.location))
+        assert carried == shard.location, f"the location of '{shard.name}' is not plain JSON"
+
+
+def _check_table(table: pa.Table, shard: Shard, classes: int) -> None:
+    assert shard.rows in {None, table.num_rows}, (
+        f"'{shard.name}' was declared with {shard.rows} rows and has {table.num_rows}"
+    )
+    assert pa.types.is_string(table["key"].type), "keys are not strings"
+    assert not table["key"].null_count, "a key is missing"
+    if "image" in table.column_names:
+        kind = table["image"].type
+        pixels = is_tensor(kind) and kind.value_type == pa.uint8() and len(kind.shape) == 3
+        assert pixels or pa.types.is_binary(kind), (
+            f"images are neither bytes nor uint8 tensors H x W x C: {kind}"
+        )
+    if "label" in table.column_names and table.num_rows:
+        assert table["label"].type == pa.int64(), "labels are not int64"
+        assert not table["label"].null_count, "a label is missing"
+        low, high = pc.min_max(table["label"]).as_py().values()
+        assert low >= 0, "a label is negative"
+        assert high < classes, f"label {high} in a source of {classes} classes"

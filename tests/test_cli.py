@@ -1,0 +1,170 @@
+"""The command line: what it knows, what it refuses, and how it says so."""
+
+import fcntl
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.cli import main, make_parser
+
+
+def options(parser):
+    """Every option and sub-command of a parser, as one nested mapping."""
+    found = {}
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            found.update({name: options(sub) for name, sub in action.choices.items()})
+        else:
+            found["/".join(action.option_strings) or action.dest] = action.dest
+    return found
+
+
+def test_the_command_line_is_frozen():
+    assert options(make_parser()) == {
+        "-h/--help": "help",
+        "--version": "version",
+        "run": {
+            "-h/--help": "help",
+            "distill": {
+                "-h/--help": "help",
+                "dataset": "dataset",
+                "--ipc": "ipc",
+                "--teacher-weights": "teacher_weights",
+                "--teacher-backbone": "teacher_backbone",
+                "--set": "set",
+                "--config": "config",
+                "--print-config": "print_config",
+                "--data": "data",
+                "--out": "out",
+                "--json": "json",
+                "--executor": "executor",
+                "--address": "address",
+                "--workers": "workers",
+                "--threads": "threads",
+                "--seed": "seed",
+                "--max-bad": "max_bad",
+            },
+        },
+    }
+
+
+def test_every_registered_recipe_has_a_command():
+    from pipeline.recipes import recipes
+
+    assert set(options(make_parser())["run"]) - {"-h/--help"} == set(recipes)
+
+
+def test_printed_configuration_reads_back_to_itself(capsys, tmp_path):
+    settings = ["--ipc", "3", "--set", "recover.lr=0.1", "--set", "image.flip=true"]
+    assert main(["run", "distill", "digits", *settings, "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    values = yaml.safe_load(printed)
+    assert (values["ipc"], values["recover"]["lr"], values["image"]["flip"]) == (3, 0.1, True)
+    (tmp_path / "config.yaml").write_text(printed)
+    assert main(["run", "distill", "digits", "--config", str(tmp_path / "config.yaml"),
+                 "--print-config"]) == 0  # fmt: skip
+    assert capsys.readouterr().out == printed
+
+
+def image_folder(root, counts):
+    rng = np.random.default_rng(0)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = rng.integers(0, 255, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root
+
+
+REFUSALS = {
+    "unknown data set": (2, "unknown-dataset", "Did you mean 'imagenet-1k'?"),
+    "empty folder": (2, "unknown-form", "Accepted are"),
+    "data set that is not there": (2, "no-data", "https://www.image-net.org"),
+    "class with one image": (1, "small-class", "'lonely' has"),
+    "ipc 0": (2, "bad-config", "ipc: Input should be greater than or equal to 1"),
+    "unknown setting": (2, "bad-config", "recover.sped"),
+    "unwritable output": (2, "unwritable-output", "--out"),
+    "busy output": (1, "output-busy", "Another run is writing"),
+    "missing weights": (2, "bad-weights", "weights"),
+    "bad assignment": (2, "bad-assignment", "--set recover.lr=0.1"),
+    "workers without Ray": (2, "bad-executor-option", "--executor ray"),
+}
+
+
+@pytest.fixture
+def arguments(request, tmp_path, monkeypatch):
+    monkeypatch.delenv("PIPELINE_DATA", raising=False)
+    case, out = request.param, ["--out", str(tmp_path / "out")]
+    if case == "empty folder":
+        (tmp_path / "empty").mkdir()
+    if case == "busy output":
+        (tmp_path / "out" / ".run").mkdir(parents=True)
+        lock = (tmp_path / "out" / ".run" / "lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        request.addfinalizer(lock.close)
+    if case == "unwritable output":
+        (tmp_path / "file").write_text("")
+        out = ["--out", str(tmp_path / "file" / "out")]
+    if case == "class with one image":
+        image_folder(tmp_path / "pets", {"cat": 8, "dog": 8, "lonely": 1})
+    chosen = {
+        "unknown data set": ["imagenet1k"],
+        "empty folder": [str(tmp_path / "empty")],
+        "data set that is not there": ["imagenet-1k"],
+        "class with one image": [str(tmp_path / "pets"), "--ipc", "2"],
+        "ipc 0": ["digits", "--ipc", "0"],
+        "unknown setting": ["digits", "--set", "recover.sped=1"],
+        "missing weights": ["digits", "--teacher-weights", str(tmp_path / "none.npz")],
+        "bad assignment": ["digits", "--set", "lr"],
+        "workers without Ray": ["digits", "--workers", "2"],
+    }
+    return case, [*chosen.get(case, ["digits"]), *out]
+
+
+@pytest.mark.parametrize("arguments", REFUSALS, indirect=True)
+def test_bad_input_is_one_paragraph_with_a_hint(arguments, capsys):
+    case, words = arguments
+    exit_code, code, part = REFUSALS[case]
+    assert main(["run", "distill", *words]) == exit_code
+    error = capsys.readouterr().err
+    paragraph = error[error.index("pipeline: ") :]
+    assert paragraph.count("\n") == 1
+    assert paragraph.endswith(f"[{code}]\n")
+    assert part in paragraph
+    assert "Traceback" not in error
+
+
+def test_the_installed_command_shows_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", "run", "distill", "nothing", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("pipeline: There is no data set named 'nothing'")
+
+
+def test_an_image_folder_is_distilled_and_bad_files_are_counted(tmp_path, capsys):
+    root = image_folder(tmp_path / "pets", {"cat": 12, "dog": 12})
+    (root / "cat" / "broken.png").write_bytes(b"not a picture")
+    quick = {
+        "image": {"size": 16},
+        "teacher": {"backbone": "convnet3", "train": {"epochs": 1}},
+        "recover": {"iterations": 2},
+        "relabel": {"views": 2},
+        "student": {"train": {"epochs": 1}},
+        "seeds": 1,
+    }
+    (tmp_path / "quick.yaml").write_text(yaml.safe_dump(quick))
+    words = ["run", "distill", str(root), "--ipc", "2", "--config", str(tmp_path / "quick.yaml")]
+    words += ["--out", str(tmp_path / "out"), "--json"]
+    assert main(words) == 1
+    assert "could not be used" in capsys.readouterr().err
+    assert main([*words, "--max-bad", "0.5"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["classes"] == ["cat", "dog"]

@@ -1,0 +1,144 @@
+"""The distillation of the digits: same bytes everywhere, found again, opened in one line."""
+
+import json
+import logging
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zarr
+from conftest import TINY
+from torch.utils.data import DataLoader
+
+import pipeline
+from pipeline.testing.trees import tree_digest
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    out = tmp_path_factory.mktemp("local")
+    summary = pipeline.run("distill", "digits", out=out, config={**TINY, "ipc": 2})
+    return out, summary
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ray_writes_the_bytes_that_local_writes(local, tmp_path, workers):
+    pipeline.run(
+        "distill",
+        "digits",
+        out=tmp_path,
+        config={**TINY, "ipc": 2},
+        executor="ray",
+        workers=workers,
+    )
+    assert tree_digest(tmp_path) == tree_digest(local[0])
+
+
+def test_a_finished_run_is_found_and_left_alone(local, caplog):
+    out, summary = local
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if ".run" not in p.parts}
+    with caplog.at_level(logging.INFO):
+        again = pipeline.run("distill", "digits", out=out, config={**TINY, "ipc": 2})
+    after = {p: p.stat().st_mtime_ns for p in out.rglob("*") if ".run" not in p.parts}
+    assert after == before
+    assert again == summary
+    assert "nothing to do" in caplog.text
+
+
+def test_another_seed_gives_other_images(local, tmp_path):
+    pipeline.run("distill", "digits", out=tmp_path, config={**TINY, "ipc": 2}, seed=1)
+    old, new = (
+        [d for p, d in sorted(tree_digest(root).items()) if p.endswith(".tar")]
+        for root in (local[0], tmp_path)
+    )
+    assert len(old) == len(new) == 4
+    assert not set(old) & set(new)
+
+
+def test_manifest_leads_to_products_that_others_can_read(local):
+    out, summary = local
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    images = out / Path(manifest["products"]["images"]["path"]).parent
+    names = []
+    for shard in json.loads((images / "manifest.json").read_bytes())["shards"]:
+        with tarfile.open(images / shard["files"][0]["path"]) as tar:
+            names += tar.getnames()
+    assert len(names) == 2 * 20  # a PNG and a JSON member for each of 20 images
+    labels = out / Path(manifest["products"]["labels"]["path"]).parent
+    group = zarr.open_group(labels / "data.zarr", mode="r")
+    assert group["logits"].shape == (20, 3, 10)
+    assert group["logits"].dtype == np.float16
+    evaluation = out / Path(manifest["products"]["evaluation"]["path"]).parent
+    rows = pq.read_table(evaluation / "evaluation.parquet").to_pylist()
+    assert [row["arm"] for row in rows] == [
+        "distilled-soft",
+        "random-real-soft",
+        "random-real-hard",
+        "teacher",
+    ]
+    assert rows == summary["evaluation"]
+    html = (out / "report.html").read_text()
+    assert html.count("data:image/png;base64,") >= 10
+
+
+def test_every_step_accounts_for_its_samples(local):
+    for path in local[0].glob("*/manifest.json"):
+        manifest = json.loads(path.read_bytes())
+        if manifest["kind"] == "table":
+            counts = manifest["counts"]
+            left_out = sum(counts["filtered"].values()) + sum(counts["quarantined"].values())
+            assert counts["in"] == counts["out"] + left_out
+            assert counts["out"] == sum(shard["rows"] for shard in manifest["shards"])
+
+
+def test_open_gives_a_torch_dataset_of_the_stored_views(local):
+    data = pipeline.open(local[0])
+    assert len(data) == 20
+    images, logits = next(iter(DataLoader(data, batch_size=8)))
+    assert images.shape == (8, 1, 16, 16)
+    assert logits.shape == (8, 10)
+    first = torch.stack([data[i][0] for i in range(20)])
+    data.set_epoch(1)
+    second = torch.stack([data[i][0] for i in range(20)])
+    assert not torch.equal(first, second)
+    data.set_epoch(3)  # three views are stored: epoch 3 shows view 0 again
+    assert torch.equal(torch.stack([data[i][0] for i in range(20)]), first)
+    with pytest.raises(IndexError):
+        data[20]
+
+
+def test_a_step_is_not_opened_as_a_run(local):
+    step = next(local[0].glob("images-*"))
+    with pytest.raises(pipeline.UsageError, match="output folder of the whole run"):
+        pipeline.open(step)
+    with pytest.raises(pipeline.UsageError, match="no finished output"):
+        pipeline.open(local[0].parent)
+
+
+def test_cifar10_teacher_scores_its_published_accuracy(real_data, tmp_path):
+    from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+    from pipeline.dataset_distill.squeeze import Squeeze
+    from pipeline.orchestration.training import train
+    from pipeline.stages.decode import Decode
+    from pipeline.storage.npz import NpzSource
+    from pipeline.storage.weights import WeightsFile
+
+    source = NpzSource(real_data / "cifar10.npz", "test")
+    image = ImageConfig(size=32)
+    weights = WeightsFile(real_data / "weights" / "resnet20-12fca82f.npz")
+    task = Squeeze(SqueezeConfig(backbone="resnet20", weights="given"), image, 10, weights)
+    table = __import__("pyarrow").concat_tables(source.tables())
+    assert Decode(32, 3)  # the recipe decodes tensors to themselves
+    result = train(task, {"test": table}, 0, tmp_path / "none.pt")
+    assert result.metrics == {"accuracy": 91.73, "images": 10000}
+
+
+@pytest.mark.slow
+def test_digits_beat_random_digits_with_class_labels(tmp_path):
+    summary = pipeline.run("distill", "digits", out=tmp_path)
+    rows = {row["arm"]: row for row in summary["evaluation"]}
+    ours, theirs = rows["distilled-soft"], rows["random-real-hard"]
+    assert ours["accuracy"] - theirs["accuracy"] > max(ours["spread"], theirs["spread"])

@@ -1,0 +1,283 @@
+"""Tables as files, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import encoded, image_table, keyed, local_run, pixels
+
+from pipeline.errors import RunError
+from pipeline.stage import ShardContext
+from pipeline.storage.artifact import ArtifactSource
+from pipeline.storage.formats import Format, Region
+from pipeline.storage.parquet import ParquetFormat
+from pipeline.storage.source import Source
+from pipeline.storage.webdataset import WebDatasetFormat, WebDatasetSource
+from pipeline.storage.zarr import ZarrFormat
+from pipeline.tensors import tensor_column, to_numpy
+from pipeline.testing import assert_same_rows, check_format
+
+FORMATS: list[Format] = [ParquetFormat(), WebDatasetFormat(), ZarrFormat()]
+BY_NAME = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+RNG = np.random.default_rng(0)
+
+TENSORS = {
+    "logits": tensor_column(RNG.normal(size=(7, 3, 5)).astype(np.float16)),
+    "crop": tensor_column(RNG.integers(0, 2**16, (7, 3, 4)).astype(np.uint16)),
+    "zeros": tensor_column(np.zeros((7, 2), np.float32)),
+    "score": pa.array(RNG.normal(size=7).astype(np.float32)),
+    "keep": pa.array([True, False] * 3 + [True]),
+    "word": pa.array(["", "a", "long " * 50, "\u00e4", "\U0001f40d", "x/y", "."]),
+}
+NESTED = {
+    "list": pa.array([[1, 2], [], None, [3], [4], [5], [6]]),
+    "none": pa.array([1, None, 3, 4, 5, 6, 7]),
+    "score": pa.array(RNG.normal(size=7)),
+}
+
+
+def extended(columns: dict[str, Any], **options: Any) -> pa.Table:
+    table = image_table(7, **options)
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Adds tensors drawn from the shard's name."""
+
+    version: ClassVar[int] = 1
+
+    def __call__(self, table: pa.Table, context: ShardContext) -> pa.Table:
+        images = pixels(table.num_rows, size=4, seed=int(context.shard))
+        return table.append_column("image", tensor_column(images))
+
+
+def written(out: Path, fmt: Format, *sizes: int) -> ArtifactSource:
+    return local_run(out).map("step", keyed(*sizes), [Pictures()], to=fmt)
+
+
+@BY_NAME
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_with_labels_keep_the_contract(fmt: Format, channels: int) -> None:
+    check_format(fmt, image_table(7, channels=channels))
+
+
+def test_parquet_holds_every_column() -> None:
+    check_format(
+        ParquetFormat(), extended({**TENSORS, **NESTED, "data": pa.array([b"\x00\xff"] * 7)})
+    )
+
+
+def test_zarr_holds_tensors_numbers_and_text() -> None:
+    check_format(ZarrFormat(), extended(TENSORS))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_webdataset_holds_encoded_images_as_they_are(kind: str) -> None:
+    images = pa.array([encoded(image, kind) for image in pixels(7)], pa.binary())
+    table = extended(NESTED)
+    check_format(WebDatasetFormat(), table.set_column(1, "image", images))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([[1], [2]]),
+        pa.array([1, None]),
+        pa.array(["a", None]),
+        pa.array([b"a", b"\xff"]),
+    ],
+    ids=["list", "missing number", "missing text", "bytes"],
+)
+def test_zarr_refuses_what_would_come_back_otherwise(column: pa.Array, tmp_path: Path) -> None:
+    table = pa.table({"key": ["a", "b"], "x": column})
+    with pytest.raises(RunError, match="bad-column"):
+        ZarrFormat().write(table, tmp_path, Region("0", 0, 2, 2))
+
+
+KEYS = st.lists(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=120),
+    min_size=3,
+    max_size=4,
+    unique=True,
+)
+
+
+@BY_NAME
+@given(keys=KEYS)
+@settings(max_examples=400, deadline=None)
+def test_any_key_comes_back(fmt: Format, keys: list[str]) -> None:
+    check_format(fmt, image_table(len(keys), size=2).set_column(0, "key", pa.array(keys)))
+
+
+def test_tar_members_carry_no_time_owner_or_mode(tmp_path: Path) -> None:
+    source = written(tmp_path, WebDatasetFormat(), 3, 2)
+    for path in source.artifact.path.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+        assert members
+        for member in members:
+            facts = (member.mtime, member.uid, member.gid, member.uname, member.gname, member.mode)
+            assert facts == (0, 0, 0, "", "", 0o644)
+            assert member.isreg()
+
+
+def test_the_webdataset_library_reads_our_tars(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    table = image_table(5)
+    WebDatasetFormat().write(table, tmp_path, Region("00000", 0, 5, 5))
+    found = list(webdataset.WebDataset(str(tmp_path / "00000.tar"), shardshuffle=False))
+    with tarfile.open(tmp_path / "00000.tar") as tar:
+        members = {member.name: tar.extractfile(member) for member in tar}
+        held = {name: file.read() for name, file in members.items() if file}
+    assert [json.loads(sample["json"])["key"] for sample in found] == table["key"].to_pylist()
+    for sample, image in zip(found, to_numpy(table["image"]), strict=True):
+        assert sample["png"] == held[f"{sample['__key__']}.png"] == encoded(image)
+        assert sample["json"] == held[f"{sample['__key__']}.json"]
+
+
+def test_our_tars_are_a_source(tmp_path: Path) -> None:
+    source = written(tmp_path, WebDatasetFormat(), 3, 2)
+    tars = WebDatasetSource(tuple(sorted(source.artifact.path.glob("*.tar"))), ("0", "1"))
+    expected = pa.concat_tables(source.tables()).select(["key", "image", "label"])
+    assert_same_rows(pa.concat_tables(tars.tables()), expected)
+
+
+def test_the_zarr_library_reads_all_shards_as_one_array(tmp_path: Path) -> None:
+    source = written(tmp_path, ZarrFormat(), 3, 3, 2)
+    group: Any = zarr.open_group(source.artifact.path / "data.zarr", mode="r")
+    expected = pa.concat_tables(keyed(3, 3, 2).tables())
+    assert group["key"][:].tolist() == expected["key"].to_pylist()
+    assert group["label"][:].tolist() == expected["label"].to_pylist()
+    images = [pixels(rows, size=4, seed=seed) for seed, rows in enumerate((3, 3, 2))]
+    assert np.array_equal(group["image"][:], np.concatenate(images))
+    shards = sorted((source.artifact.path / "data.zarr" / "label" / "c").iterdir())
+    assert [path.name for path in shards] == ["0", "1", "2"]
+
+
+def test_zarr_chunks_divide_the_shard_and_stay_small(tmp_path: Path) -> None:
+    rows = 12
+    table = pa.table({"x": tensor_column(np.zeros((rows, 300, 1000), np.uint8))})
+    ZarrFormat().write(table, tmp_path, Region("0", 0, rows, rows))
+    array: Any = zarr.open_group(tmp_path / "data.zarr", mode="r")["x"]
+    assert array.chunks == (3, 300, 1000)
+    assert array.shards == (rows, 300, 1000)
+
+
+@pytest.mark.parametrize("sizes", [(2, 5), (2, 3, 2), (3, 2, 3)])
+def test_zarr_needs_shards_of_one_size(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="ragged-shards"):
+        written(tmp_path, ZarrFormat(), *sizes)
+
+
+def data_files(source: ArtifactSource) -> list[Path]:
+    root = source.artifact.path
+    return sorted(p for p in root.rglob("*") if p.is_file() and p.name != "manifest.json")
+
+
+def read_all(source: ArtifactSource) -> pa.Table:
+    fresh = ArtifactSource(source.artifact)
+    return pa.concat_tables(fresh.tables())
+
+
+@BY_NAME
+def test_a_missing_or_cut_file_is_never_read(fmt: Format, tmp_path: Path) -> None:
+    source = written(tmp_path, fmt, 3, 2)
+    for path in data_files(source):
+        data = path.read_bytes()
+        path.unlink()
+        with pytest.raises(RunError, match="damaged-artifact"):
+            read_all(source)
+        for cut in (data[:-1], data[: len(data) // 2], b"", data + b"x"):
+            path.write_bytes(cut)
+            with pytest.raises(RunError, match="damaged-artifact"):
+                read_all(source)
+        path.write_bytes(data)
+    assert read_all(source).num_rows == 5
+
+
+def test_a_file_that_is_no_part_of_the_artifact_is_not_read(tmp_path: Path) -> None:
+    source = written(tmp_path, ParquetFormat(), 3, 2)
+    root = source.artifact.path
+    (root / "00002.parquet").write_bytes((root / "00001.parquet").read_bytes())
+    assert read_all(source).num_rows == 5
+
+
+def differences(source: ArtifactSource, path: Path, places: range) -> list[int]:
+    """The places of a file where a flipped bit gives other values and no error."""
+    expected = read_all(source)
+    data = path.read_bytes()
+    silent = []
+    for place in places:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            assert_same_rows(read_all(source), expected)
+        except AssertionError:
+            silent.append(place)
+        except Exception:  # noqa: BLE001 - any error says that the file is damaged
+            pass
+    path.write_bytes(data)
+    return silent
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fmt", [ParquetFormat(), ZarrFormat()], ids=lambda fmt: fmt.name)
+def test_a_flipped_bit_in_the_data_is_found(fmt: Format, tmp_path: Path) -> None:
+    source = written(tmp_path, fmt, 3, 2)
+    for path in data_files(source):
+        if path.name == "zarr.json":
+            continue
+        size = path.stat().st_size
+        if path.suffix == ".parquet":
+            size -= 8 + int.from_bytes(path.read_bytes()[-8:-4], "little")
+        assert size > 40
+        assert differences(source, path, range(0, size, 3)) == []
+
+
+@pytest.mark.xfail(strict=True, reason="reading compares sizes with the manifest, not digests")
+@pytest.mark.filterwarnings("ignore")
+@BY_NAME
+def test_a_flipped_bit_anywhere_is_found(fmt: Format, tmp_path: Path) -> None:
+    source = written(tmp_path, fmt, 3)
+    for path in data_files(source):
+        assert differences(source, path, range(path.stat().st_size)[::7]) == []
+
+
+@dataclass(frozen=True)
+class Vague(Source):
+    """A source that does not know how many samples a shard has."""
+
+    base: Source
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.base.classes
+
+    @cached_property
+    def shards(self) -> Any:
+        return tuple(type(s)(s.name, s.identity) for s in self.base.shards)
+
+    def read(self, shard: Any) -> pa.Table:
+        return self.base.read(shard)
+
+
+def test_zarr_needs_shards_of_known_size(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="ragged-shards"):
+        local_run(tmp_path).map("step", Vague(keyed(2, 2)), [], to=ZarrFormat())
+    copy = local_run(tmp_path).map("step", Vague(keyed(2, 1)), [], to=ParquetFormat())
+    assert read_all(copy).num_rows == 3

@@ -1,0 +1,31 @@
+"""Arrays as Arrow columns and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.tensors import is_tensor, tensor_column, to_numpy
+
+KINDS = ["uint8", "uint16", "int32", "int64", "float16", "float32", "float64"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 2, 3, 4), (0, 2, 2), (1, 1)])
+def test_round_trip_also_in_slices_and_chunks(kind: str, shape: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).integers(0, 99, shape).astype(kind)
+    table = pa.table({"x": tensor_column(array)})
+    assert is_tensor(table["x"].type) == (array.ndim > 1)
+    chunked = pa.concat_tables([table.slice(2, 2), table.slice(0, 1), table.slice(4)])["x"]
+    expected = np.concatenate([array[2:4], array[:1], array[4:]])
+    for column, values in ((table["x"], array), (chunked, expected)):
+        found = to_numpy(column)
+        assert found.dtype == array.dtype
+        assert found.shape == values.shape
+        assert np.array_equal(found, values)
+
+
+def test_arrays_in_another_memory_order_keep_their_values() -> None:
+    array = np.arange(24).reshape(2, 3, 4).transpose(2, 0, 1)
+    assert np.array_equal(to_numpy(pa.table({"x": tensor_column(array)})["x"]), array)
