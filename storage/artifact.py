@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,18 +82,23 @@ class Artifact:
         """What a fitted artifact measured of itself."""
         return dict(self.shards[0]["metrics"])
 
+    @cached_property
+    def files(self) -> dict[str, FileEntry]:
+        """Every listed file by path; one that several shards share is there once."""
+        listed = (entry for shard in self.shards for entry in shard["files"])
+        return {entry["path"]: FileEntry(**entry) for entry in listed}
+
     def file(self, name: str) -> Path:
-        """The path of a file that the manifest lists.
+        """The path of a file that the manifest lists, once its digest was checked.
 
         Raises:
-            RunError: it is not listed, missing, or of another size.
+            RunError: it is not listed, missing, or has other bytes.
         """
-        for shard in self.shards:
-            for entry in shard["files"]:
-                if entry["path"] == name and FileEntry(**entry).present(self.path):
-                    return self.path / name
+        entry = self.files.get(name)
+        if entry and entry.intact(self.path):
+            return self.path / name
         raise RunError(
-            f"The file '{name}' of this artifact is missing or cut short.",
+            f"The file '{name}' of this artifact is missing or damaged.",
             hint="Delete the artifact's folder and run again to make it anew.",
             code="damaged-artifact",
             where=str(self.path),
@@ -138,19 +143,14 @@ class ArtifactSource(Source):
 
     def read(self, shard: Shard) -> pa.Table:
         for entry in shard.location["files"]:
-            if not FileEntry(**entry).present(self.artifact.path):
-                self.artifact.file(entry["path"])
+            self.artifact.file(entry["path"])
         return self._format.read(
             self.artifact.path, shard.name, shard.location["offset"], shard.rows or 0
         )
 
     def bytes(self) -> int:
-        """Size of the files, in bytes; a file that several shards share counts once."""
-        return sum({entry.path: entry.bytes for entry in self._entries()}.values())
-
-    def _entries(self) -> Iterator[FileEntry]:
-        for shard in self.shards:
-            yield from (FileEntry(**entry) for entry in shard.location["files"])
+        """Size of the files, in bytes."""
+        return sum(entry.bytes for entry in self.artifact.files.values())
 
 
 def writer_spec(writer: Format) -> dict[str, Any]:

@@ -36,6 +36,10 @@ class FileEntry:
         path = root / self.path
         return path.is_file() and path.stat().st_size == self.bytes
 
+    def intact(self, root: Path) -> bool:
+        """Whether the file is there with its size and, read through, its digest."""
+        return self.present(root) and FileEntry.of(root, root / self.path) == self
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` and put it in place of whatever ``path`` was, durably and in one step."""

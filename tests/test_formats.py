@@ -118,7 +118,7 @@ KEYS = st.lists(
 
 @BY_NAME
 @given(keys=KEYS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_any_key_comes_back(fmt: Format, keys: list[str]) -> None:
     check_format(fmt, image_table(len(keys), size=2).set_column(0, "key", pa.array(keys)))
 
@@ -255,7 +255,7 @@ def test_a_flipped_bit_in_the_data_is_found(fmt: Format, tmp_path: Path) -> None
 def test_a_flipped_bit_anywhere_is_found(fmt: Format, tmp_path: Path) -> None:
     source = written(tmp_path, fmt, 3)
     for path in data_files(source):
-        assert differences(source, path, range(path.stat().st_size)[::7]) == []
+        assert differences(source, path, range(path.stat().st_size)[::19]) == []
 
 
 @dataclass(frozen=True)
