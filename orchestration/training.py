@@ -86,7 +86,9 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         losses = state["losses"]
-        log.info("training goes on from epoch %d of %d", len(losses), config.epochs)
+        log.info(
+            "%s: training goes on from epoch %d of %d", checkpoint.stem, len(losses), config.epochs
+        )
     total = config.epochs * training.steps
     for epoch in range(len(losses), config.epochs):
         torch.manual_seed(seed_for(seed, "epoch", epoch))
@@ -108,7 +110,9 @@ def train(
             buffer = io.BytesIO()
             torch.save({**state, "losses": losses}, buffer)
             write_atomic(checkpoint, buffer.getvalue())
-            log.info("checkpoint at epoch %d of %d", len(losses), config.epochs)
+            log.info(
+                "%s: checkpoint at epoch %d of %d", checkpoint.stem, len(losses), config.epochs
+            )
     model.eval()
     with torch.inference_mode():
         metrics = training.evaluate()

@@ -144,12 +144,11 @@ def _log() -> None:
 def _readable(summary: dict[str, Any]) -> str:
     lines = []
     if rows := summary.get("evaluation"):
-        lines.append(f"{'trained on':<44}{'images':>8}{'accuracy %':>22}")
+        lines.append(f"{'trained on':<34}{'images':>8}{'accuracy, %':>13}")
         for row in rows:
             spread = f" +- {row['spread']:.2f} ({row['seeds']} seeds)" if row["seeds"] > 1 else ""
-            lines.append(
-                f"{row['trained_on']:<44}{row['images']:>8}{row['accuracy']:>10.2f}{spread}"
-            )
+            count = "" if row["images"] is None else row["images"]
+            lines.append(f"{row['trained_on']:<34}{count:>8}{row['accuracy']:>13.2f}{spread}")
         lines.append("")
     lines += [f"{name + ':':<8} {summary[name]}" for name in ("images", "labels", "report")]
     return "\n".join(lines)

@@ -20,13 +20,13 @@ class RegroupedSource(Source):
     """Shards of chosen samples, read from ``base`` when they are asked for.
 
     Args:
-        base: the source that holds the samples; every key must be in it.
-        keys: the samples, in their new order.
+        base: the source that holds the samples.
+        places: (shard number, row) in ``base`` of each sample, in their new order.
         shard_rows: rows of every shard but the last.
     """
 
     base: Source
-    keys: tuple[str, ...]
+    places: tuple[tuple[int, int], ...]
     shard_rows: int
 
     @property
@@ -35,25 +35,24 @@ class RegroupedSource(Source):
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
-        groups = cut(self.keys, self.shard_rows)
         return tuple(
             Shard(f"{index:05d}", digest(self.base.identity, group), len(group), {"index": index})
-            for index, group in enumerate(groups)
+            for index, group in enumerate(cut(self.places, self.shard_rows))
         )
 
-    @cached_property
-    def _places(self) -> dict[str, tuple[int, int]]:
-        return {
-            key: (index, row)
-            for index, table in enumerate(self.base.tables())
-            for row, key in enumerate(table["key"].to_pylist())
-        }
-
     def read(self, shard: Shard) -> pa.Table:
-        start = shard.location["index"] * self.shard_rows
-        places = [self._places[key] for key in self.keys[start : start + self.shard_rows]]
-        read = {index: self.base.read(self.base.shards[index]) for index, _ in set(places)}
+        places = cut(self.places, self.shard_rows)[shard.location["index"]]
+        read = {index: self.base.read(self.base.shards[index]) for index, _ in places}
         return pa.concat_tables([read[index].slice(row, 1) for index, row in places])
+
+
+def find_places(base: Source) -> dict[str, tuple[int, int]]:
+    """Where each key lies in ``base``, as (shard number, row)."""
+    return {
+        key: (index, row)
+        for index, table in enumerate(base.tables())
+        for row, key in enumerate(table["key"].to_pylist())
+    }
 
 
 def cut(items: Sequence[T], size: int) -> list[Sequence[T]]:

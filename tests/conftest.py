@@ -2,6 +2,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Machines are shared: how long an example takes says nothing.
+settings.register_profile("pipeline", deadline=None)
+settings.load_profile("pipeline")
 
 TINY = {
     "teacher": {"train": {"epochs": 4, "checkpoint_epochs": 1}},

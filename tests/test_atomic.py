@@ -111,16 +111,21 @@ def test_what_was_there_stays_until_the_new_bytes_are_whole(
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
+def fail_in_an_attempt(parent: Path) -> None:
+    with attempt_folder(parent) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "x").write_text("x")
+        raise ZeroDivisionError
+
+
 def test_an_attempt_folder_goes_away_on_success_and_on_error(tmp_path: Path) -> None:
     with attempt_folder(tmp_path / "attempts") as folder:
         (folder / "x").write_text("x")
         with attempt_folder(tmp_path / "attempts") as other:
             assert other != folder
     assert not list((tmp_path / "attempts").iterdir())
-    with pytest.raises(ZeroDivisionError), attempt_folder(tmp_path / "attempts") as folder:
-        (folder / "deep").mkdir()
-        (folder / "deep" / "x").write_text("x")
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        fail_in_an_attempt(tmp_path / "attempts")
     assert not list((tmp_path / "attempts").iterdir())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from pipeline.digest import digest
 from pipeline.errors import RunError
 from pipeline.orchestration.run import Run
 from pipeline.orchestration.steps import Fit
-from pipeline.orchestration.training import TrainingTask
 from pipeline.recipes import Recipe
 from pipeline.recipes.distill_report import evaluation_table, report
 from pipeline.stages.decode import Decode
@@ -34,7 +33,7 @@ from pipeline.stages.relabel import Relabel
 from pipeline.stages.select import Columns, Keep, Split
 from pipeline.storage.artifact import ArtifactSource
 from pipeline.storage.parquet import ParquetFormat
-from pipeline.storage.regroup import RegroupedSource, cut
+from pipeline.storage.regroup import RegroupedSource, cut, find_places
 from pipeline.storage.source import Source, TableSource
 from pipeline.storage.webdataset import WebDatasetFormat
 from pipeline.storage.weights import WeightsFile
@@ -64,7 +63,7 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
     index = run.map(
         "index", data.train, [*train_part, Columns(("key", "label"))], to=ParquetFormat()
     )
-    ranked = rank_at_random(index, config.ipc, run.seed)
+    draws = [rank_at_random(index, config.ipc, (run.seed, n)) for n in range(config.seeds)]
     test = run.map("test", data.test or data.train, [*test_part, decode], to=ParquetFormat())
 
     train = None
@@ -81,28 +80,26 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
     relabel = Relabel(teacher, config.relabel, image, rows)
     labels = run.map("labels", images, [decode, relabel], to=ZarrFormat())
 
-    candidates = Keep(tuple(sorted(key for keys in ranked for key in keys)))
+    candidates = Keep(tuple(sorted({key for draw in draws for keys in draw for key in keys})))
     pool = run.map("real", data.train, [*train_part, candidates, decode], to=ParquetFormat())
-    real = RegroupedSource(pool, random_real(pool, ranked, config.ipc), rows)
-    real_labels = run.map("real-labels", real, [relabel], to=ZarrFormat())
+    readable = find_places(pool)
+    chosen = [random_real(draw, readable, classes, config.ipc) for draw in draws]
+    real = [RegroupedSource(pool, tuple(readable[key] for key in keys), rows) for keys in chosen]
+    real_labels = [
+        run.map(f"real-labels-{number}", source, [relabel], to=ZarrFormat())
+        for number, source in enumerate(real)
+    ]
 
     backbone = config.student.backbone or config.teacher.backbone
     soft = Student(config.student, backbone, image, len(classes))
     plain = SqueezeConfig(backbone=backbone, train=config.student.train)
     hard = Squeeze(plain, image, len(classes))
-    arms: tuple[tuple[str, TrainingTask, Source], ...] = (
-        ("distilled-soft", soft, labels),
-        ("random-real-soft", soft, real_labels),
-        ("random-real-hard", hard, real),
-    )
-    students = run.fit_each(
-        "students",
-        {
-            f"{arm}-{seed}": Fit(task, {"train": source, "test": test})
-            for arm, task, source in arms
-            for seed in range(config.seeds)
-        },
-    )
+    fits: dict[str, Fit] = {}
+    for seed in range(config.seeds):
+        fits[f"distilled-soft-{seed}"] = Fit(soft, {"train": labels, "test": test})
+        fits[f"random-real-soft-{seed}"] = Fit(soft, {"train": real_labels[seed], "test": test})
+        fits[f"random-real-hard-{seed}"] = Fit(hard, {"train": real[seed], "test": test})
+    students = run.fit_each("students", fits)
     real_images = train.artifact.manifest["counts"]["out"] if train else None
     table = evaluation_table(
         teacher, students, images.artifact.manifest["counts"]["out"], real_images
@@ -129,16 +126,17 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
     }
     if not run.published("distilled", products):
         inputs_read = [index, test, *([train] if train else [])]
-        page = report(about, images, labels, real, teacher, students, inputs_read)
+        page = report(about, images, labels, real[0], teacher, students, inputs_read)
         run.publish("distilled", products, about, page)
     return {**about, "images": str(images.artifact.path), "labels": str(labels.artifact.path)}
 
 
-def rank_at_random(index: ArtifactSource, ipc: int, seed: int) -> list[list[str]]:
+def rank_at_random(index: ArtifactSource, ipc: int, seed: object) -> list[list[str]]:
     """Keys of real samples by class: ``ipc`` of each, and a few more should some be damaged.
 
     The samples of a class are ranked by the digest of (seed, key): the choice does not depend on
-    the order in which they are stored.
+    the order in which they are stored. Students that differ in their seed get another draw, since
+    which images are drawn matters more than how a student starts.
 
     Raises:
         RunError: a class has too few samples.
@@ -155,15 +153,16 @@ def rank_at_random(index: ArtifactSource, ipc: int, seed: int) -> list[list[str]
     ]
 
 
-def random_real(pool: Source, ranked: list[list[str]], ipc: int) -> tuple[str, ...]:
+def random_real(
+    ranked: list[list[str]], readable: Container[str], classes: tuple[str, ...], ipc: int
+) -> tuple[str, ...]:
     """The best ranked ``ipc`` readable samples of each class, in the order of the synthetic ones.
 
     Raises:
         RunError: too many of a class's candidates could not be read.
     """
-    readable = {key for table in pool.tables() for key in table["key"].to_pylist()}
-    kept = [[key for key in keys if key in readable][: max(ipc, 2)] for keys in ranked]
-    _check_classes({name: len(k) for name, k in zip(pool.classes, kept, strict=True)}, ipc)
+    kept = [[key for key in keys if key in readable] for keys in ranked]
+    _check_classes({name: len(keys) for name, keys in zip(classes, kept, strict=True)}, ipc)
     return tuple(keys[index] for index in range(ipc) for keys in kept)
 
 
@@ -210,9 +209,14 @@ PRESETS: dict[str, Any] = {
             "backbone": "convnet3",
             "train": TrainConfig(epochs=25, batch_size=64, lr=2e-3).model_dump(),
         },
-        "recover": {"iterations": 400, "jitter": 2},
-        "relabel": {"views": 150},
-        "student": {"train": TrainConfig(epochs=150, batch_size=20, lr=2e-3).model_dump()},
+        # r_bn was chosen on a part of the training digits that this teacher had not seen.
+        "recover": {"iterations": 400, "jitter": 2, "r_bn": 0.1},
+        "relabel": {"views": 300},
+        "student": {
+            "train": TrainConfig(
+                epochs=300, batch_size=20, lr=2e-3, checkpoint_epochs=100
+            ).model_dump()
+        },
     },
     "cifar10": {
         "teacher": {
@@ -223,7 +227,11 @@ PRESETS: dict[str, Any] = {
         },
         "recover": {"iterations": 1000},
         "relabel": {"views": 300},
-        "student": {"train": TrainConfig(epochs=300, batch_size=20, lr=2e-3).model_dump()},
+        "student": {
+            "train": TrainConfig(
+                epochs=300, batch_size=20, lr=2e-3, checkpoint_epochs=50
+            ).model_dump()
+        },
     },
 }
 

@@ -1,0 +1,308 @@
+"""The training loop: its schedule, its optimisers and its exact resume."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from samples import image_table, keyed, local_run
+from torch import Tensor, nn
+
+from pipeline.backbones import ModelSpec
+from pipeline.config import TrainConfig
+from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.dataset_distill.squeeze import Squeeze
+from pipeline.device import reproducible
+from pipeline.digest import digest
+from pipeline.errors import RunError
+from pipeline.orchestration import training
+from pipeline.orchestration.steps import Fit
+from pipeline.orchestration.training import Trained, train
+from pipeline.storage.models import read_model, read_spec
+from pipeline.storage.source import TableSource
+from pipeline.testing import tree_digest
+
+STOP_AT: set[int] = set()
+"""Epochs whose batches fail after the first."""
+
+
+class Noisy(nn.Module):
+    """A network with everything that has a state: BatchNorm, dropout and decayed weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(nn.functional.dropout(self.norm(x), 0.3, self.training))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Fits the network above to random data."""
+
+    config: TrainConfig
+    note: str = ""
+
+    version: ClassVar[int] = 1
+
+    def prepare(self, inputs: Mapping[str, pa.Table], seed: int, device: torch.device) -> Any:
+        return Session(Noisy(), self.config)
+
+
+@dataclass
+class Session:
+    model: nn.Module
+    config: TrainConfig
+    steps: int = 3
+    modes: list[bool] = field(default_factory=list)
+
+    def batches(self, epoch: int) -> Iterator[Tensor]:
+        for step in range(self.steps):
+            if epoch in STOP_AT and step:
+                raise OSError("the power went out")
+            yield torch.randn(8, 3, generator=torch.Generator().manual_seed(100 * epoch + step))
+
+    def loss(self, batch: Tensor) -> Tensor:
+        self.modes.append(self.model.training)
+        return nn.functional.cross_entropy(self.model(batch), (batch[:, 0] > 0).long())
+
+    def evaluate(self) -> dict[str, Any]:
+        return {"training": self.model.training, "gradients": torch.is_grad_enabled()}
+
+
+@pytest.fixture(autouse=True)
+def _power(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(training, "default_device", lambda: torch.device("cpu"))
+    STOP_AT.clear()
+    with reproducible(threads=1):
+        yield
+    STOP_AT.clear()
+
+
+def state(trained: Trained[Any]) -> dict[str, bytes]:
+    tensors = trained.training.model.state_dict()
+    return {name: value.numpy().tobytes() for name, value in tensors.items()}
+
+
+def config(**values: Any) -> TrainConfig:
+    return TrainConfig(**{"epochs": 6, "checkpoint_epochs": 2, "lr": 0.05, **values})
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stop", [0, 2, 3, 5])
+def test_a_stopped_training_ends_with_the_same_weights(
+    tmp_path: Path, optimizer: Literal["sgd", "adamw"], stop: int
+) -> None:
+    task = Task(config(optimizer=optimizer))
+    whole = train(task, {}, 7, tmp_path / "whole.pt")
+    STOP_AT.add(stop)
+    with pytest.raises(OSError, match="power"):
+        train(task, {}, 7, tmp_path / "stopped.pt")
+    assert (tmp_path / "stopped.pt").exists() == (stop >= 2)
+    STOP_AT.clear()
+    torch.manual_seed(stop)
+    resumed = train(task, {}, 7, tmp_path / "stopped.pt")
+    assert state(resumed) == state(whole)
+    assert resumed.losses == whole.losses
+    assert len(resumed.training.modes) == 3 * (6 - stop // 2 * 2)
+
+
+def test_weights_follow_the_seed_alone(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first = train(Task(config()), {}, 7, tmp_path / "a.pt")
+    torch.manual_seed(2)
+    second = train(Task(config()), {}, 7, tmp_path / "b.pt")
+    other = train(Task(config()), {}, 8, tmp_path / "c.pt")
+    assert state(first) == state(second)
+    assert state(first) != state(other)
+
+
+def test_the_interval_of_checkpoints_does_not_reach_the_weights(tmp_path: Path) -> None:
+    often = train(Task(config(checkpoint_epochs=1)), {}, 7, tmp_path / "a.pt")
+    never = train(Task(config(checkpoint_epochs=99)), {}, 7, tmp_path / "b.pt")
+    assert state(often) == state(never)
+    assert not (tmp_path / "b.pt").exists()
+
+
+def test_training_and_evaluation_have_their_modes(tmp_path: Path) -> None:
+    trained = train(Task(config()), {}, 7, tmp_path / "a.pt")
+    assert trained.training.modes == [True] * 18
+    assert trained.metrics == {"training": False, "gradients": False}
+    assert trained.losses[-1] < trained.losses[0]
+
+
+def test_no_epochs_leave_the_weights_as_they_were_made(tmp_path: Path) -> None:
+    session = Session(Noisy(), config().model_copy(update={"epochs": 0}))
+    before = {name: value.clone() for name, value in session.model.state_dict().items()}
+    task = type("Given", (), {"prepare": lambda *_: session})()
+    assert train(task, {}, 7, tmp_path / "a.pt").losses == []
+    assert all(torch.equal(before[n], v) for n, v in session.model.state_dict().items())
+
+
+class Slope(nn.Module):
+    """A vector and a matrix whose gradients are constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.tensor([1.0, -2.0]))
+        self.matrix = nn.Parameter(torch.tensor([[3.0, -1.0]]))
+
+
+@dataclass
+class Descent(Session):
+    def loss(self, batch: Tensor) -> Tensor:
+        return 0.3 * self.model.vector.sum() - 0.2 * self.model.matrix.sum()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weights_follow_the_equations_of_the_optimiser_and_a_cosine(
+    tmp_path: Path, optimizer: Literal["sgd", "adamw"]
+) -> None:
+    settings = config(epochs=4, optimizer=optimizer, lr=0.1, weight_decay=0.5)
+    session = Descent(Slope(), settings)
+    task = type("Given", (), {"prepare": lambda *_: session})()
+    train(task, {}, 7, tmp_path / "a.pt")
+    for name, start, slope, decay in (
+        ("vector", [1.0, -2.0], 0.3, 0.0),
+        ("matrix", [[3.0, -1.0]], -0.2, 0.5),
+    ):
+        expected = descend(np.array(start), slope, decay, optimizer, 0.1, 12)
+        found = session.model.get_parameter(name).detach().numpy()
+        assert np.allclose(found, expected, rtol=1e-5, atol=1e-6), name
+
+
+def descend(
+    w: np.ndarray[Any, Any], slope: float, decay: float, optimizer: str, peak: float, steps: int
+) -> np.ndarray[Any, Any]:
+    """Nesterov's SGD with momentum 0.9 or AdamW, in float64, under a cosine from ``peak``."""
+    momentum, square = np.zeros_like(w), np.zeros_like(w)
+    for step in range(steps):
+        lr = peak * (1 + math.cos(math.pi * step / steps)) / 2
+        if optimizer == "sgd":
+            g = slope + decay * w
+            momentum = 0.9 * momentum + g
+            w = w - lr * (g + 0.9 * momentum)
+            continue
+        w = w * (1 - lr * decay)
+        momentum = 0.9 * momentum + 0.1 * slope
+        square = 0.999 * square + 0.001 * slope**2
+        m, v = momentum / (1 - 0.9 ** (step + 1)), square / (1 - 0.999 ** (step + 1))
+        w = w - lr * m / (np.sqrt(v) + 1e-8)
+    return w
+
+
+SMALL = ImageConfig(size=8, channels=1, mean=(0.5,), std=(0.25,))
+
+
+def squeeze(**values: Any) -> Squeeze:
+    settings = config(epochs=3, batch_size=10, checkpoint_epochs=1, **values)
+    return Squeeze(SqueezeConfig(backbone="convnet3", train=settings), SMALL, 2)
+
+
+def test_identity_of_a_task_follows_its_configuration() -> None:
+    task = squeeze()
+    others = [
+        squeeze(lr=0.06),
+        squeeze(optimizer="sgd"),
+        Squeeze(task.config, SMALL.model_copy(update={"flip": False}), 2),
+        Squeeze(task.config, SMALL, 3),
+        Squeeze(task.config.model_copy(update={"backbone": "resnet20"}), SMALL, 2),
+    ]
+    assert digest(task) == digest(squeeze())
+    assert len({digest(one) for one in (task, *others)}) == 1 + len(others)
+
+
+def pictures() -> TableSource:
+    class Fixed(TableSource):
+        identity = "fixed"
+
+    return Fixed((("0", image_table(30, channels=1)),), ("a", "b"))
+
+
+def test_a_fit_is_found_and_its_model_can_be_read(tmp_path: Path) -> None:
+    inputs = {"train": pictures(), "test": pictures()}
+    artifact = local_run(tmp_path).fit("teacher", squeeze(), **inputs)
+    assert 0 <= artifact.metrics["accuracy"] <= 100
+    assert artifact.metrics["images"] == 30
+    before = tree_digest(tmp_path)
+    run = local_run(tmp_path)
+    assert run.fit("teacher", squeeze(), **inputs).identity == artifact.identity
+    assert run.executed == 0
+    assert tree_digest(tmp_path) == before
+    model = read_model(artifact, torch.device("cpu"))
+    assert read_spec(artifact) == ModelSpec("convnet3", 2, 1, (0.5,), (0.25,))
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 2)
+
+
+def test_a_stopped_fit_goes_on_and_writes_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.dataset_distill.squeeze import SqueezeTraining
+
+    inputs = {"train": pictures(), "test": pictures()}
+    fits = {name: Fit(squeeze(lr=lr), inputs) for name, lr in (("a", 0.01), ("b", 0.02))}
+    local_run(tmp_path / "whole").fit_each("models", fits)
+    loss, seen = SqueezeTraining.loss, []
+
+    def failing(self: SqueezeTraining, batch: Any) -> Tensor:
+        seen.append(batch)
+        if len(seen) == 8:  # in the last epoch of the first model
+            raise OSError("the power went out")
+        return loss(self, batch)
+
+    monkeypatch.setattr(SqueezeTraining, "loss", failing)
+    with pytest.raises(RunError, match=r"1 of 2 .* the power went out"):
+        local_run(tmp_path / "stopped").fit_each("models", fits)
+    assert [p.name for p in (tmp_path / "stopped" / ".run").rglob("*.pt")] == ["a.pt"]
+    seen.clear()
+    run = local_run(tmp_path / "stopped")
+    run.fit_each("models", fits)
+    assert (run.executed, len(seen)) == (1, 3)
+    assert tree_digest(tmp_path / "stopped") == tree_digest(tmp_path / "whole")
+    assert not list((tmp_path / "stopped" / ".run").rglob("*.pt"))
+
+
+def test_seed_threads_and_inputs_are_part_of_a_fit(tmp_path: Path) -> None:
+    def identity(**options: Any) -> str:
+        source = options.pop("source", keyed(2))
+        run = local_run(tmp_path, **options)
+        run.executor = Refuse()  # type: ignore[assignment]
+        with pytest.raises(IdentityError) as error:
+            run.fit("teacher", squeeze(), train=source)
+        return str(error.value)
+
+    given = ({}, {"seed": 1}, {"threads": 2}, {"source": keyed(3)}, {})
+    seen = [identity(**options) for options in given]
+    assert len(set(seen[:4])) == 4
+    assert seen[4] == seen[0]
+
+
+class IdentityError(Exception):
+    """Carries the folder that a step would write."""
+
+
+class Refuse:
+    def run(self, work: Any, units: Any, threads: int) -> Any:
+        raise IdentityError(work.folders.artifact.name)
+
+
+def test_weights_are_safetensors_without_time_or_place(tmp_path: Path) -> None:
+    inputs = {"train": pictures(), "test": pictures()}
+    digests = set()
+    for name in "ab":
+        artifact = local_run(tmp_path / name).fit("teacher", squeeze(), **inputs)
+        data = artifact.file("model/weights.safetensors").read_bytes()
+        digests.add(hashlib.sha256(data).hexdigest())
+    assert len(digests) == 1
