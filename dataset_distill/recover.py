@@ -39,11 +39,12 @@ class BatchNormMatching:
                 code="no-batchnorm",
             )
         self._terms: list[Tensor] = []
-        self._weights = [first_multiplier] + [1.0] * (len(layers) - 1)
+        self._first_multiplier = first_multiplier
         self._handles = [layer.register_forward_pre_hook(self._measure) for layer in layers]
 
     def _measure(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
+        # In float32: under autocast the inputs come in bfloat16, too coarse for a variance.
+        variance, mean = torch.var_mean(_at_least_float32(inputs[0]), dim=(0, 2, 3), correction=0)
         self._terms.append(
             torch.linalg.vector_norm(layer.running_var - variance)  # type: ignore[operator]
             + torch.linalg.vector_norm(layer.running_mean - mean)  # type: ignore[operator]
@@ -52,12 +53,16 @@ class BatchNormMatching:
     def loss(self) -> Tensor:
         """The weighted sum for the forward pass just done, a scalar."""
         terms, self._terms = self._terms, []
-        return torch.stack([w * t for w, t in zip(self._weights, terms, strict=True)]).sum()
+        return self._first_multiplier * terms[0] + torch.stack(terms)[1:].sum()
 
     def close(self) -> None:
         """Take the hooks off the network."""
         for handle in self._handles:
             handle.remove()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in {torch.bfloat16, torch.float16} else x
 
 
 @dataclass(frozen=True)

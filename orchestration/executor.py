@@ -42,7 +42,7 @@ def attempt(work: Work, unit: str) -> dict[str, Any]:
         return {
             "error": {
                 "message": f"{type(error).__name__}: {error}.",
-                "hint": "The run's log holds the traceback.",
+                "hint": "The file .run/log.txt in the output folder holds the traceback.",
                 "code": "stage-failed",
                 "where": unit,
                 "traceback": _traceback(error),

@@ -62,7 +62,9 @@ class Run:
         identity = digest("map", name, source, list(stages), writer_spec(to), seed, self.threads)
         folders = self._folders(name, identity)
         if Artifact.exists(folders.artifact):
-            return ArtifactSource(self._found(name, folders))
+            artifact = self._found(name, folders)
+            self._check_bad(name, artifact.manifest["counts"])
+            return ArtifactSource(artifact)
         work = MapWork(folders, source, tuple(stages), to, seed, self.threads)
         records = self._execute(name, folders, work, [shard.name for shard in source.shards])
         counts = add_counts([record["counts"] for record in records])
@@ -81,7 +83,7 @@ class Run:
             "counts": counts,
             "shards": records,
         }
-        return ArtifactSource(Artifact.finish(folders.artifact, manifest))
+        return ArtifactSource(Artifact.finish(folders.artifact, manifest, folders.attempts))
 
     def fit(self, name: str, task: TrainingTask, **inputs: Source) -> Artifact:
         """Train one model; the artifact holds its weights and ``metrics`` what it measured."""
@@ -98,13 +100,14 @@ class Run:
         records = self._execute(name, folders, work, list(fits))
         spec = canonical({unit: fit.task for unit, fit in fits.items()})
         manifest = {"kind": "models", "step": name, "identity": identity, "spec": spec}
-        return Artifact.finish(folders.artifact, {**manifest, "shards": records})
+        return Artifact.finish(folders.artifact, {**manifest, "shards": records}, folders.attempts)
 
     def publish(
         self, kind: str, products: Mapping[str, Artifact], about: Mapping[str, Any], report: bytes
     ) -> Artifact:
         """Write the report and, last, the run's manifest, which names the products by role."""
-        write_atomic(self.out / "report.html", report)
+        scratch = self.out / WORK / "scratch"
+        write_atomic(self.out / "report.html", report, scratch)
         manifest = {
             "kind": kind,
             "identity": digest(kind, products),
@@ -115,7 +118,7 @@ class Run:
             "shards": [{"files": [vars(FileEntry.of(self.out, self.out / "report.html"))]}],
             **about,
         }
-        return Artifact.finish(self.out, manifest)
+        return Artifact.finish(self.out, manifest, scratch)
 
     def published(self, kind: str, products: Mapping[str, Artifact]) -> bool:
         """Whether these very products were published already."""

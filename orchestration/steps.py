@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.device import reproducible
@@ -73,19 +75,19 @@ class MapWork:
                 hint="Write this data set as parquet or webdataset.",
                 code="ragged-shards",
             )
-        ends = [sum(rows[: index + 1]) for index in range(len(rows))] if self.writer.regular else []
-        plan = {}
-        for index, shard in enumerate(shards):
-            offset = ends[index] - rows[index] if ends else 0
-            total = ends[-1] if ends else 0
-            plan[shard.name] = shard, Region(shard.name, offset, rows[0], total)
-        return plan
+        # Where row counts are unknown, formats that need no regions get meaningless ones.
+        ends = list(accumulate(rows))
+        return {
+            shard.name: (shard, Region(shard.name, end - count, rows[0], ends[-1]))
+            for shard, count, end in zip(shards, rows, ends, strict=True)
+        }
 
     def __call__(self, unit: str) -> dict[str, Any]:
         shard, region = self._plan[unit]
         context = ShardContext(unit, self.seed)
         with reproducible(self.threads), attempt_folder(self.folders.attempts) as folder:
             table = self.source.read(shard)
+            _check_labels(table, self.source)
             rows_in = table.num_rows
             for stage in self.stages:
                 table = _apply(stage, table, context)
@@ -155,6 +157,21 @@ class FitWork:
         self.folders.ledger.write(unit, record)
         checkpoint.unlink(missing_ok=True)
         return record
+
+
+def _check_labels(table: pa.Table, source: Source) -> None:
+    if not source.classes or "label" not in table.column_names or not table.num_rows:
+        return
+    labels = table["label"]
+    limits = pc.min_max(labels)
+    low, high = limits["min"].as_py(), limits["max"].as_py()
+    if labels.null_count or low < 0 or high >= len(source.classes):
+        found = f"from {low} to {high}" + (", and some are missing" * bool(labels.null_count))
+        raise RunError(
+            f"The labels of this shard are {found}; there are {len(source.classes)} classes.",
+            hint="Labels count from 0; name every class in classes.txt, one a line.",
+            code="bad-labels",
+        )
 
 
 def _apply(stage: Stage, table: pa.Table, context: ShardContext) -> pa.Table:

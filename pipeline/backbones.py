@@ -170,10 +170,8 @@ def load_weights(model: nn.Module, arrays: Mapping[str, npt.NDArray[Any]], where
         UsageError: names are missing or left over, or a shape differs.
     """
     state = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    # Files written before PyTorch 0.4.1 have no counter of batches; evaluation does not use it.
-    counters = {n: b for n, b in model.named_buffers() if n.endswith("num_batches_tracked")}
     try:
-        model.load_state_dict({**counters, **state})
+        model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UsageError(

@@ -144,4 +144,13 @@ def _open(name: str, path: Path, image: dict[str, Any]) -> Dataset:
             code="no-train-split",
             where=str(path),
         )
-    return Dataset(name, train, open_source(path, "test"), image)
+    test = open_source(path, "test")
+    if test and len(test.classes) > len(train.classes):
+        raise UsageError(
+            f"The test split has {len(test.classes)} classes and the training split "
+            f"{len(train.classes)}.",
+            hint="Both splits need the same classes with the same labels.",
+            code="unknown-class",
+            where=str(path),
+        )
+    return Dataset(name, train, test, image)

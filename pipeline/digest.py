@@ -31,7 +31,9 @@ def canonical(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _named(value, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     if isinstance(value, Mapping):
-        return {str(key): canonical(item) for key, item in value.items()}
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("the names of a mapping must be strings; give it an 'identity'")
+        return {key: canonical(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [canonical(item) for item in value]
     if value is None or isinstance(value, str | int | float | bool):
@@ -40,9 +42,9 @@ def canonical(value: Any) -> Any:
 
 
 def _named(value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
-    named = {key: canonical(item) for key, item in fields.items()}
-    named["type"] = type(value).__name__
-    if version := getattr(type(value), "version", None):
+    kind = type(value)
+    named = {"type": f"{kind.__module__}.{kind.__qualname__}", "fields": canonical(fields)}
+    if version := getattr(kind, "version", None):
         named["version"] = version
     return named
 

@@ -61,10 +61,10 @@ class Artifact:
         return (path / MANIFEST).is_file()
 
     @classmethod
-    def finish(cls, path: Path, manifest: Mapping[str, Any]) -> Artifact:
-        """Write the manifest: from now on the artifact is there."""
+    def finish(cls, path: Path, manifest: Mapping[str, Any], scratch: Path) -> Artifact:
+        """Write the manifest, by way of the folder ``scratch``: now the artifact is there."""
         full = {"format_version": VERSION, **manifest}
-        write_atomic(path / MANIFEST, dumps(full))
+        write_atomic(path / MANIFEST, dumps(full), scratch)
         return cls(path, json.loads(dumps(full)))
 
     @property

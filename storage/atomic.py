@@ -41,10 +41,19 @@ class FileEntry:
         return self.present(root) and FileEntry.of(root, root / self.path) == self
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` and put it in place of whatever ``path`` was, durably and in one step."""
+def write_atomic(path: Path, data: bytes, scratch: Path | None = None) -> None:
+    """Write ``data`` and put it in place of whatever ``path`` was, durably and in one step.
+
+    Args:
+        path: the file.
+        data: its bytes.
+        scratch: folder on the same file system for the unfinished file, which stays there if the
+            process dies; beside ``path`` where not given.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    if scratch:
+        scratch.mkdir(parents=True, exist_ok=True)
+    temporary = (scratch or path.parent) / f".{path.name}.{uuid.uuid4().hex}"
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

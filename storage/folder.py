@@ -22,10 +22,15 @@ SHARD_ROWS = 1024
 class FolderSource(Source):
     """``root/<class>/**/<image>``, cut into shards of 1,024 files of the sorted listing.
 
-    The key is the path relative to ``root``; classes are the sub-folders' names in sorted order.
+    The key is the path relative to ``root``.
+
+    Args:
+        root: the folder.
+        class_names: names by label; the sub-folders' names in sorted order where not given.
     """
 
     root: Path
+    class_names: tuple[str, ...] = ()
 
     @cached_property
     def _files(self) -> list[Path]:
@@ -33,6 +38,11 @@ class FolderSource(Source):
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
+        return self.class_names or self.folders
+
+    @cached_property
+    def folders(self) -> tuple[str, ...]:
+        """The sub-folders that hold images, sorted."""
         return tuple(sorted({path.relative_to(self.root).parts[0] for path in self._files}))
 
     @cached_property

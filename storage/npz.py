@@ -20,6 +20,25 @@ from pipeline.tensors import tensor_column
 SHARD_ROWS = 1000
 
 
+def _checksums(path: Path) -> dict[str, int]:
+    """CRC-32 of every array, from the archive's directory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {i.filename.removesuffix(".npy"): i.CRC for i in archive.infolist()}
+    except (zipfile.BadZipFile, OSError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, what: str) -> UsageError:
+    return UsageError(
+        f"The archive cannot be used: {what}.",
+        hint="Save plain numeric arrays x_train (N x H x W or N x H x W x C, uint8) and y_train "
+        "(N integers) with numpy.savez; pickled objects are never loaded.",
+        code="damaged-npz",
+        where=str(path),
+    )
+
+
 @lru_cache(maxsize=8)
 def _member(path: Path, name: str, _checksum: int) -> npt.NDArray[Any]:
     # The checksum is part of the cache's key, so that a replaced file is read again.
@@ -28,12 +47,7 @@ def _member(path: Path, name: str, _checksum: int) -> npt.NDArray[Any]:
             array: npt.NDArray[Any] = archive[name]
             return array
     except (ValueError, zipfile.BadZipFile) as error:
-        raise UsageError(
-            f"The array '{name}' cannot be read: {error}.",
-            hint="Save plain numeric arrays with numpy.savez; pickled objects are never loaded.",
-            code="damaged-npz",
-            where=str(path),
-        ) from error
+        raise _damaged(path, f"array '{name}': {error}") from error
 
 
 @dataclass(frozen=True)
@@ -49,14 +63,12 @@ class NpzSource(Source):
     @staticmethod
     def splits(path: Path) -> set[str]:
         """The splits that the archive holds."""
-        with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
+        names = _checksums(path)
         return {n[2:] for n in names if n.startswith("x_") and f"y_{n[2:]}" in names}
 
     @cached_property
     def _checksums(self) -> dict[str, int]:
-        with zipfile.ZipFile(self.path) as archive:
-            return {i.filename.removesuffix(".npy"): i.CRC for i in archive.infolist()}
+        return _checksums(self.path)
 
     def _array(self, name: str) -> npt.NDArray[Any]:
         return _member(self.path, name, self._checksums[name])
@@ -69,7 +81,11 @@ class NpzSource(Source):
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
-        rows = len(self._array(f"y_{self.split}"))
+        labels = self._array(f"y_{self.split}")
+        rows = len(self._array(f"x_{self.split}"))
+        if labels.shape != (rows,) or labels.dtype.kind not in "iu":
+            found = f"{labels.shape} of {labels.dtype}"
+            raise _damaged(self.path, f"{rows} images have labels of shape {found}")
         checksums = [self._checksums[f"{part}_{self.split}"] for part in "xy"]
         return tuple(
             Shard(

@@ -100,7 +100,10 @@ def _folder(path: Path, split: str) -> Source | None:
         for side, names in SPLITS.items()
     }
     if sides["train"] and sides["test"]:
-        source = FolderSource(sides[split] or path)
+        source = FolderSource(sides["train"])
+        if split == "test":
+            source = FolderSource(sides["test"], source.classes)
+            _check_folders(source)
     elif split == "test":
         return None
     else:
@@ -108,6 +111,17 @@ def _folder(path: Path, split: str) -> Source | None:
     if not source.shards:
         raise _unknown(source.root)
     return source
+
+
+def _check_folders(source: FolderSource) -> None:
+    extra = sorted(set(source.folders) - set(source.classes))
+    if extra:
+        raise UsageError(
+            f"{len(extra)} classes are not in the training split: {', '.join(extra[:5])}.",
+            hint="Give every class of the test split a folder in the training split.",
+            code="unknown-class",
+            where=str(source.root),
+        )
 
 
 def _unknown(path: Path) -> UsageError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,21 +36,20 @@ class ParquetSource(Source):
     def classes(self) -> tuple[str, ...]:
         if self.class_names:
             return self.class_names
-        metadata: Mapping[bytes, bytes] = pq.read_schema(self.paths[0]).metadata or {}
+        with _readable(self.paths[0]):
+            metadata: Mapping[bytes, bytes] = pq.read_schema(self.paths[0]).metadata or {}
         features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features")
         label: Any = (features or {}).get("label", {})
         if names := label.get("names"):
             return tuple(names)
-        top = max(
-            pc.max(pq.read_table(path, columns=["label"])["label"]).as_py() for path in self.paths
-        )
-        return tuple(str(index) for index in range(top + 1))
+        return tuple(str(index) for index in range(max(map(_top_label, self.paths)) + 1))
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
         shards = []
         for name, path in zip(shard_names(self.paths), self.paths, strict=True):
-            metadata = pq.read_metadata(path)
+            with _readable(path):
+                metadata = pq.read_metadata(path)
             first = 0
             for group in range(metadata.num_row_groups):
                 rows = metadata.row_group(group).num_rows
@@ -61,15 +61,10 @@ class ParquetSource(Source):
 
     def read(self, shard: Shard) -> pa.Table:
         path = Path(shard.location["path"])
-        table = pq.ParquetFile(path).read_row_group(shard.location["group"])
-        missing = {"image", "label"} - set(table.column_names)
-        if missing:
-            raise UsageError(
-                f"The Parquet file has no column {' or '.join(sorted(missing))}.",
-                hint="It needs 'image' (binary, or a struct of bytes and path) and 'label' (int).",
-                code="bad-columns",
-                where=str(path),
-            )
+        with _readable(path):
+            table = pq.ParquetFile(path).read_row_group(shard.location["group"])
+        if missing := {"image", "label"} - set(table.column_names):
+            raise _bad_columns(path, f"no column {' or '.join(sorted(missing))}")
         image, names = table["image"].combine_chunks(), None
         if pa.types.is_struct(image.type):
             image, names = image.field("bytes"), image.field("path")
@@ -84,6 +79,39 @@ class ParquetSource(Source):
                 "label": table["label"].cast(pa.int64()),
             }
         )
+
+
+def _top_label(path: Path) -> int:
+    with _readable(path):
+        file = pq.ParquetFile(path)
+        if "label" not in file.schema_arrow.names:
+            raise _bad_columns(path, "no column label")
+        labels = file.read(columns=["label"])["label"]
+    if not pa.types.is_integer(labels.type):
+        raise _bad_columns(path, f"labels of type {labels.type}")
+    return int(pc.max(labels).as_py() or 0)
+
+
+def _bad_columns(path: Path, found: str) -> UsageError:
+    return UsageError(
+        f"The Parquet file has {found}.",
+        hint="It needs 'image' (binary, or a struct of bytes and path) and 'label' (integers).",
+        code="bad-columns",
+        where=str(path),
+    )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(
+            f"The Parquet file cannot be read: {error}.",
+            hint="Fetch or write it anew.",
+            code="damaged-parquet",
+            where=str(path),
+        ) from error
 
 
 @dataclass(frozen=True)

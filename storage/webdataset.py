@@ -99,7 +99,18 @@ class WebDatasetSource(Source):
     """
 
     paths: tuple[Path, ...]
-    classes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names by label; where none were given the numbers up to the highest label there is."""
+        if self.class_names:
+            return self.class_names
+        top = max(
+            (_label(sample, path) for path in self.paths for sample in read_samples(path)),
+            default=-1,
+        )
+        return tuple(str(label) for label in range(top + 1))
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -119,11 +130,14 @@ ROW = pa.schema({"key": pa.string(), "image": pa.binary(), "label": pa.int64()})
 
 def _row(sample: dict[str, Any], path: Path) -> dict[str, Any]:
     image = next((sample[name] for name in sorted(sample) if name in EXTENSIONS), None)
+    return {"key": sample["__key__"], "image": image, "label": _label(sample, path)}
+
+
+def _label(sample: dict[str, Any], path: Path) -> int:
     try:
-        label = int(sample["cls"]) if "cls" in sample else json.loads(sample["json"])["label"]
+        return int(sample["cls"] if "cls" in sample else json.loads(sample["json"])["label"])
     except (KeyError, ValueError, TypeError) as error:
         raise _damaged(path, f"sample '{sample['__key__']}' has no label") from error
-    return {"key": sample["__key__"], "image": image, "label": label}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
 
@@ -104,9 +105,8 @@ def arguments(request, tmp_path, monkeypatch):
         (tmp_path / "empty").mkdir()
     if case == "busy output":
         (tmp_path / "out" / ".run").mkdir(parents=True)
-        lock = (tmp_path / "out" / ".run" / "lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        request.addfinalizer(lock.close)
+        lock = os.open(tmp_path / "out" / ".run" / "lock", os.O_CREAT | os.O_RDWR)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held for as long as this process lives
     if case == "unwritable output":
         (tmp_path / "file").write_text("")
         out = ["--out", str(tmp_path / "file" / "out")]
@@ -144,6 +144,7 @@ def test_the_installed_command_shows_no_traceback(tmp_path):
         [sys.executable, "-m", "pipeline.cli", "run", "distill", "nothing", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("pipeline: There is no data set named 'nothing'")

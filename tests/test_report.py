@@ -30,7 +30,7 @@ from pipeline.report import (
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.atomic import FileEntry
 from pipeline.storage.parquet import ParquetFormat
-from pipeline.storage.regroup import RegroupedSource
+from pipeline.storage.regroup import RegroupedSource, find_places
 from pipeline.storage.source import TableSource
 from pipeline.storage.webdataset import WebDatasetFormat
 from pipeline.storage.zarr import ZarrFormat
@@ -157,7 +157,8 @@ def models(path: Path, units: dict[str, tuple[float, list[float]]]) -> Artifact:
         files = [vars(FileEntry.of(path, path / name / "history.json"))]
         metrics = {"accuracy": accuracy, "images": 1234}
         shards.append({"name": name, "files": files, "metrics": metrics})
-    return Artifact.finish(path, {"kind": "models", "identity": path.name, "shards": shards})
+    manifest = {"kind": "models", "identity": path.name, "shards": shards}
+    return Artifact.finish(path, manifest, path)
 
 
 @dataclass
@@ -184,7 +185,9 @@ class Finished:
         made = run.map("images", source(table), [Traced()], to=WebDatasetFormat())
         labelled = run.map("labels", source(soft), [], to=ZarrFormat())
         pool = run.map("real", source(table), [], to=ParquetFormat())
-        real = RegroupedSource(pool, ("c", "b", "a", "d"), 2)
+        real = RegroupedSource(
+            pool, tuple(find_places(pool)[key] for key in ("c", "b", "a", "d")), 2
+        )
         teacher = models(self.folder / "teacher", {"model": (99.0, list(self.losses))})
         students = models(
             self.folder / "students",

@@ -295,7 +295,6 @@ local_run(Path(sys.argv[1])).map("step", keyed(2, 1), [], to=ParquetFormat())
 """
 
 
-@pytest.mark.xfail(strict=True, reason="the hidden file stays in the output")
 def test_dying_just_before_a_manifest_appears_leaves_no_trace(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", DIES, str(tmp_path / "a")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,15 @@ def rank_at_random(index: ArtifactSource, ipc: int, seed: object) -> list[list[s
     for table in index.tables():
         for key, label in zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True):
             by_class[label].append(key)
+    every = [key for keys in by_class for key in keys]
+    if len(set(every)) < len(every):
+        twice = next(key for key, count in Counter(every).items() if count > 1)
+        raise RunError(
+            f"{len(every) - len(set(every))} keys stand for more than one sample, such as "
+            f"'{twice}'.",
+            hint="Give every sample a key of its own, across all shards.",
+            code="duplicate-keys",
+        )
     names = zip(index.classes, by_class, strict=True)
     _check_classes({name: len(keys) for name, keys in names}, ipc)
     spare = 1 + ipc // 10
