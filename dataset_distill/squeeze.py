@@ -18,6 +18,7 @@ from pipeline.config import TrainConfig
 from pipeline.dataset_distill.classify import LabelledImages, accuracy
 from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
 from pipeline.digest import seed_for
+from pipeline.errors import UsageError
 
 
 class Weights(Protocol):
@@ -44,17 +45,35 @@ class Squeeze:
 
     version: ClassVar[int] = 1
 
+    def network(self) -> nn.Module:
+        """The network before training, with its weights where some were given.
+
+        Raises:
+            UsageError: it cannot be made, or does not map these images to these classes.
+        """
+        name, channels, size = self.config.backbone, self.image.channels, self.image.size
+        pretrained = self.config.weights == "pretrained"
+        model = backbones.build(name, self.classes, channels, pretrained=pretrained)
+        if self.weights:
+            backbones.load_weights(model, self.weights.arrays(), self.weights.name)
+        with torch.inference_mode():
+            outputs = model.eval()(torch.zeros(1, channels, size, size)).shape[1]
+        if outputs != self.classes:
+            raise UsageError(
+                f"The network '{name}' has {outputs} outputs, and the data set {self.classes} "
+                "classes.",
+                hint="Give weights that were trained on this data set, or let a teacher be "
+                "trained.",
+                code="weights-mismatch",
+            )
+        return model
+
     def prepare(
         self, inputs: Mapping[str, pa.Table], seed: int, device: torch.device
     ) -> SqueezeTraining:
-        pretrained = self.config.weights == "pretrained"
-        model = backbones.build(
-            self.config.backbone, self.classes, self.image.channels, pretrained=pretrained
-        )
-        if self.weights:
-            backbones.load_weights(model, self.weights.arrays(), self.weights.name)
+        model = self.network()
         train = self.config.train
-        if self.weights or pretrained:
+        if self.weights or self.config.weights:
             train = train.model_copy(update={"epochs": 0})
         sets = {name: LabelledImages.of(t, self.image, device) for name, t in inputs.items()}
         return SqueezeTraining(model.to(device), train, self, sets, seed)

@@ -124,7 +124,9 @@ def _locate(name: str, data: Path | None) -> Path:
         for path in (*forms, underscored):
             if path.exists():
                 return path
-        if data.is_file() or (data.is_dir() and name in data.resolve().parts):
+        if data.is_file() or (data / "train").is_dir():
+            return data
+        if any(data.glob("*.parquet")) or any(data.glob("*.tar")):
             return data
         tried = f"neither {name}.npz nor a folder {name} lies in {data}"
     raise UsageError(

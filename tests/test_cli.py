@@ -92,6 +92,10 @@ REFUSALS = {
     "unwritable output": (2, "unwritable-output", "--out"),
     "busy output": (1, "output-busy", "Another run is writing"),
     "missing weights": (2, "bad-weights", "weights"),
+    "other weights": (2, "weights-mismatch", "do not fit the network"),
+    "unknown network": (2, "unknown-backbone", "Built in: convnet3"),
+    "network that is not installed": (2, "missing-provider", "'timm'"),
+    "damaged weights": (2, "bad-weights", "safetensors"),
     "bad assignment": (2, "bad-assignment", "--set recover.lr=0.1"),
     "workers without Ray": (2, "bad-executor-option", "--executor ray"),
 }
@@ -112,6 +116,8 @@ def arguments(request, tmp_path, monkeypatch):
         out = ["--out", str(tmp_path / "file" / "out")]
     if case == "class with one image":
         image_folder(tmp_path / "pets", {"cat": 8, "dog": 8, "lonely": 1})
+    np.savez(tmp_path / "other.npz", weight=np.zeros(3))
+    (tmp_path / "bad.safetensors").write_bytes(b"bad")
     chosen = {
         "unknown data set": ["imagenet1k"],
         "empty folder": [str(tmp_path / "empty")],
@@ -120,6 +126,10 @@ def arguments(request, tmp_path, monkeypatch):
         "ipc 0": ["digits", "--ipc", "0"],
         "unknown setting": ["digits", "--set", "recover.sped=1"],
         "missing weights": ["digits", "--teacher-weights", str(tmp_path / "none.npz")],
+        "other weights": ["digits", "--teacher-weights", str(tmp_path / "other.npz")],
+        "unknown network": ["digits", "--teacher-backbone", "resnet21"],
+        "network that is not installed": ["digits", "--teacher-backbone", "timm:resnet18"],
+        "damaged weights": ["digits", "--teacher-weights", str(tmp_path / "bad.safetensors")],
         "bad assignment": ["digits", "--set", "lr"],
         "workers without Ray": ["digits", "--workers", "2"],
     }

@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,6 +15,11 @@ from conftest import TINY
 from torch.utils.data import DataLoader
 
 import pipeline
+from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.dataset_distill.squeeze import Squeeze
+from pipeline.orchestration.training import train
+from pipeline.storage.npz import NpzSource
+from pipeline.storage.weights import WeightsFile
 from pipeline.testing.trees import tree_digest
 
 
@@ -119,20 +125,12 @@ def test_a_step_is_not_opened_as_a_run(local):
 
 
 def test_cifar10_teacher_scores_its_published_accuracy(real_data, tmp_path):
-    from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
-    from pipeline.dataset_distill.squeeze import Squeeze
-    from pipeline.orchestration.training import train
-    from pipeline.stages.decode import Decode
-    from pipeline.storage.npz import NpzSource
-    from pipeline.storage.weights import WeightsFile
-
     source = NpzSource(real_data / "cifar10.npz", "test")
-    image = ImageConfig(size=32)
     weights = WeightsFile(real_data / "weights" / "resnet20-12fca82f.npz")
-    task = Squeeze(SqueezeConfig(backbone="resnet20", weights="given"), image, 10, weights)
-    table = __import__("pyarrow").concat_tables(source.tables())
-    assert Decode(32, 3)  # the recipe decodes tensors to themselves
-    result = train(task, {"test": table}, 0, tmp_path / "none.pt")
+    config = SqueezeConfig(backbone="resnet20", weights=weights.name)
+    task = Squeeze(config, ImageConfig(size=32), 10, weights)
+    test = pa.concat_tables(source.tables())
+    result = train(task, {"test": test}, 0, tmp_path / "checkpoint.pt")
     assert result.metrics == {"accuracy": 91.73, "images": 10000}
 
 

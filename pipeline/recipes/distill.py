@@ -19,6 +19,7 @@ from pipeline.dataset_distill.config import (
     SqueezeConfig,
     StudentConfig,
 )
+from pipeline.dataset_distill.recover import BatchNormMatching
 from pipeline.dataset_distill.squeeze import Squeeze
 from pipeline.dataset_distill.student import Student
 from pipeline.datasets import Dataset
@@ -59,6 +60,8 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
     """Squeeze, recover, relabel and evaluate; publish images, labels, teacher and evaluation."""
     image, classes = config.image, data.train.classes
     decode = Decode(image.size, image.channels)
+    squeeze = _squeeze(config, len(classes))
+    BatchNormMatching(squeeze.network(), 1.0).close()  # refuses a teacher without BatchNorm now
     train_part, test_part = ([], []) if data.test else ([Split("train")], [Split("test")])
 
     index = run.map(
@@ -71,7 +74,7 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
     if config.teacher.weights is None:
         train = run.map("train", data.train, [*train_part, decode], to=ParquetFormat())
     inputs: dict[str, Source] = {"test": test, "train": train} if train else {"test": test}
-    teacher = run.fit("teacher", _squeeze(config, len(classes)), **inputs)
+    teacher = run.fit("teacher", squeeze, **inputs)
 
     rows = min(config.recover.batch_size, len(classes))
     plan = synthesis_plan(classes, config.ipc, rows)
