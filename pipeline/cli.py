@@ -15,6 +15,12 @@ from pipeline import __version__
 from pipeline.errors import PipelineError
 
 RECIPES = {"distill": "a few synthetic images a class with soft labels (CDA)"}
+FLAGS = {
+    "ipc": "ipc",
+    "teacher_weights": "teacher.weights",
+    "teacher_backbone": "teacher.backbone",
+}
+"""Options that are short for a ``--set``, by the setting they stand for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,16 +106,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from pipeline.api import configure, run
     from pipeline.config import dump_yaml, merge, parse_assignments, read_yaml
 
-    flags = {"ipc": "ipc", "teacher_weights": "teacher.weights"}
-    flags["teacher_backbone"] = "teacher.backbone"
     values = read_yaml(arguments.config) if arguments.config else {}
-    values = merge(values, parse_assignments(arguments.set))
-    for flag, path in flags.items():
-        given = getattr(arguments, flag)
-        if given is not None:
-            for name in reversed(path.split(".")):
-                given = {name: given}
-            values = merge(values, given)
+    short = [
+        f"{path}={json.dumps(given)}"
+        for flag, path in FLAGS.items()
+        if (given := getattr(arguments, flag)) is not None
+    ]
+    values = merge(values, parse_assignments([*arguments.set, *short]))
     if arguments.print_config:
         print(dump_yaml(configure(arguments.recipe, arguments.dataset, arguments.data, values)))
         return 0

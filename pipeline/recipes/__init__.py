@@ -1,4 +1,4 @@
-"""Recipes: each reads like its paper, and says what the command line may set."""
+"""Recipes: each reads like its paper."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ class Recipe:
     Attributes:
         config: the type of its configuration.
         defaults: values for a data set, laid under what the user gives.
-        flags: short options by the configuration value they set, such as ``ipc`` -> ``ipc``.
         run: does it, and returns a summary of plain JSON types.
     """
 
     config: type[Config]
     defaults: Callable[[Dataset], Mapping[str, Any]]
-    flags: Mapping[str, str]
     run: Callable[[Run, Dataset, Any], dict[str, Any]]
 
 

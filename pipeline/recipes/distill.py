@@ -277,9 +277,4 @@ def _portable(config: DistillConfig) -> Mapping[str, Any]:
     return values
 
 
-RECIPE = Recipe(
-    DistillConfig,
-    defaults,
-    {"ipc": "ipc", "teacher-weights": "teacher.weights", "teacher-backbone": "teacher.backbone"},
-    distill,
-)
+RECIPE = Recipe(DistillConfig, defaults, distill)
