@@ -121,10 +121,12 @@ class Run:
         return Artifact.finish(self.out, manifest, scratch)
 
     def published(self, kind: str, products: Mapping[str, Artifact]) -> bool:
-        """Whether these very products were published already."""
-        return Artifact.exists(self.out) and Artifact.open(self.out).identity == digest(
-            kind, products
-        )
+        """Whether these very products were published already, and the report is whole."""
+        if not Artifact.exists(self.out):
+            return False
+        found = Artifact.open(self.out)
+        whole = all(entry.intact(self.out) for entry in found.files.values())
+        return whole and found.identity == digest(kind, products)
 
     def _folders(self, name: str, identity: str) -> StepFolders:
         folder = f"{name}-{identity[:12]}"

@@ -54,6 +54,14 @@ def test_a_finished_run_is_found_and_left_alone(local, caplog):
     assert "nothing to do" in caplog.text
 
 
+def test_a_report_that_was_deleted_comes_back(local):
+    report = local[0] / "report.html"
+    before = report.read_bytes()
+    report.unlink()
+    pipeline.run("distill", "digits", out=local[0], config={**TINY, "ipc": 2})
+    assert report.read_bytes() == before
+
+
 def test_another_seed_gives_other_images(local, tmp_path):
     pipeline.run("distill", "digits", out=tmp_path, config={**TINY, "ipc": 2}, seed=1)
     old, new = (
