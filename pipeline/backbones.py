@@ -169,17 +169,28 @@ def load_weights(model: nn.Module, arrays: Mapping[str, npt.NDArray[Any]], where
     Raises:
         UsageError: names are missing or left over, or a shape differs.
     """
-    state = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    # Counters of batches are left out by older files and are not used in evaluation.
+    needed = {name for name in own if not name.endswith("num_batches_tracked")}
+    problems = {
+        "missing": sorted(needed - set(arrays)),
+        "not in the network": sorted(set(arrays) - set(own)),
+        "of another shape": sorted(n for n in own if n in arrays and arrays[n].shape != own[n]),
+    }
+    if any(problems.values()):
+        found = "; ".join(
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            for what, names in problems.items()
+            if names
+        )
         raise UsageError(
-            f"The weights do not fit the network: {reason[:400]}.",
+            f"The weights do not fit the network: {found}.",
             hint="Choose the backbone, the class count and the channels that they were made for.",
             code="weights-mismatch",
             where=where,
-        ) from error
+        )
+    state = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    model.load_state_dict(state, strict=False)
 
 
 def _torchvision(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
