@@ -222,7 +222,7 @@ PRESETS: dict[str, Any] = {
             "backbone": "convnet3",
             "train": TrainConfig(epochs=25, batch_size=64, lr=2e-3).model_dump(),
         },
-        # r_bn was chosen on a part of the training digits that this teacher had not seen.
+        # r_bn was chosen on training digits held out from teacher and synthesis.
         "recover": {"iterations": 400, "jitter": 2, "r_bn": 0.1},
         "relabel": {"views": 300},
         "student": {
