@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -76,8 +76,8 @@ class Recovered:
     """
 
     images: npt.NDArray[np.uint8]
-    trace: list[list[float]] = field(default_factory=list)
-    final: dict[str, float] = field(default_factory=dict)
+    trace: list[list[float]]
+    final: dict[str, float]
 
 
 def recover(

@@ -107,21 +107,20 @@ class Run:
     ) -> Artifact:
         """Write the report and, last, the run's manifest, which names the products by role."""
         scratch = self.out / WORK / "scratch"
-        write_atomic(self.out / "report.html", report, scratch)
+        page = self.out / "report.html"
+        write_atomic(page, report, scratch)
+        files = [page, *(artifact.path / MANIFEST for artifact in products.values())]
         manifest = {
             "kind": kind,
             "identity": digest(kind, products),
-            "products": {
-                role: vars(FileEntry.of(self.out, artifact.path / MANIFEST))
-                for role, artifact in products.items()
-            },
-            "shards": [{"files": [vars(FileEntry.of(self.out, self.out / "report.html"))]}],
+            "products": {role: artifact.path.name for role, artifact in products.items()},
+            "files": [vars(FileEntry.of(self.out, path)) for path in files],
             **about,
         }
         return Artifact.finish(self.out, manifest, scratch)
 
     def published(self, kind: str, products: Mapping[str, Artifact]) -> bool:
-        """Whether these very products were published already, and the report is whole."""
+        """Whether these very products were published already, and the report is as it was."""
         if not Artifact.exists(self.out):
             return False
         found = Artifact.open(self.out)

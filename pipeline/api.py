@@ -69,7 +69,8 @@ def run(
             hint="Check --threads, --workers and --max-bad.",
             code="bad-option",
         )
-    folder = Path(out) if out else Path("runs") / f"{recipe}-{found.name}"
+    # Absolute, since the workers of a cluster have working directories of their own.
+    folder = Path(out or Path("runs") / f"{recipe}-{found.name}").absolute()
     where = executors.get(executor)(address=address, workers=workers)
     with open_run(folder, where, seed=seed, threads=threads, max_bad=max_bad) as opened:
         summary = chosen.run(opened, found, values)
@@ -79,7 +80,7 @@ def run(
 
 
 def _find(dataset: str, data: str | Path | None) -> Dataset:
-    return find_dataset(dataset, Path(data) if data else None)
+    return find_dataset(dataset, Path(data).absolute() if data else None)
 
 
 def _configure(recipe: str, dataset: Dataset, values: Mapping[str, Any]) -> Config:

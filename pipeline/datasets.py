@@ -80,12 +80,19 @@ NAMED = {
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set that was found: its splits, and what is known about it."""
+    """A data set that was found.
+
+    Attributes:
+        name: its name, or the last part of its path.
+        train: the training split, or all there is.
+        test: the test split, where there is one.
+        info: what is known of it, where it was asked for by name.
+    """
 
     name: str
     train: Source
     test: Source | None
-    image: dict[str, Any]
+    info: DatasetInfo | None = None
 
 
 def find_dataset(name: str, data: Path | None) -> Dataset:
@@ -100,9 +107,9 @@ def find_dataset(name: str, data: Path | None) -> Dataset:
         UsageError: the name is unknown, or there is no data.
     """
     if name == "digits":
-        return Dataset(name, DigitsSource(), None, NAMED[name].image)
+        return Dataset(name, DigitsSource(), None, NAMED[name])
     if name in NAMED:
-        return _open(name, _locate(name, data), NAMED[name].image)
+        return _open(name, _locate(name, data), NAMED[name])
     path = Path(name)
     if not path.exists():
         near = get_close_matches(name, NAMED, n=1)
@@ -112,18 +119,17 @@ def find_dataset(name: str, data: Path | None) -> Dataset:
             hint=f"{guess}Known names: {', '.join(NAMED)}; anything else is a path.",
             code="unknown-dataset",
         )
-    return _open(path.resolve().stem, path, {})
+    return _open(path.resolve().stem, path.absolute(), None)
 
 
 def _locate(name: str, data: Path | None) -> Path:
     info = NAMED[name]
     tried = "nothing was given with --data or PIPELINE_DATA"
     if data:
-        forms = (data / f"{name}.npz", data / name.replace("-", "_"), data / name)
-        underscored = data / f"{name.replace('-', '_')}.npz"
-        for path in (*forms, underscored):
-            if path.exists():
-                return path
+        for stem in (name, name.replace("-", "_")):
+            for path in (data / f"{stem}.npz", data / stem):
+                if path.exists():
+                    return path
         if data.is_file() or (data / "train").is_dir():
             return data
         if any(data.glob("*.parquet")) or any(data.glob("*.tar")):
@@ -137,7 +143,7 @@ def _locate(name: str, data: Path | None) -> Path:
     )
 
 
-def _open(name: str, path: Path, image: dict[str, Any]) -> Dataset:
+def _open(name: str, path: Path, info: DatasetInfo | None) -> Dataset:
     train = open_source(path, "train")
     if train is None or not train.shards:
         raise UsageError(
@@ -155,4 +161,4 @@ def _open(name: str, path: Path, image: dict[str, Any]) -> Dataset:
             code="unknown-class",
             where=str(path),
         )
-    return Dataset(name, train, test, image)
+    return Dataset(name, train, test, info)

@@ -29,7 +29,7 @@ class DistilledDataset(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        labels = product(artifact, "labels")
+        labels = ArtifactSource(artifact.product("labels"))
         table = pa.concat_tables(labels.tables())
         image = ImageConfig.model_validate(artifact.manifest["config"]["image"])
         device = torch.device("cpu")
@@ -54,12 +54,6 @@ class DistilledDataset(Dataset[tuple[Tensor, Tensor]]):
         return picture, self.logits[index, self._view].float()
 
 
-def product(artifact: Artifact, role: str) -> ArtifactSource:
-    """The table that a published run names ``role``."""
-    folder = Path(artifact.manifest["products"][role]["path"]).parent
-    return ArtifactSource(Artifact.open(artifact.path / folder))
-
-
 def open(path: str | Path) -> DistilledDataset:  # noqa: A001
     """Open what a run published.
 
@@ -68,7 +62,7 @@ def open(path: str | Path) -> DistilledDataset:  # noqa: A001
 
     Raises:
         UsageError: there is no finished run, or it is of a kind that is not opened this way.
-        RunError: a file is missing or cut short.
+        RunError: a file is missing or damaged.
     """
     artifact = Artifact.open(Path(path))
     if artifact.manifest["kind"] != "distilled":

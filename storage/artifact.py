@@ -74,8 +74,8 @@ class Artifact:
 
     @property
     def shards(self) -> list[Mapping[str, Any]]:
-        """The shard records, in order."""
-        return list(self.manifest["shards"])
+        """The shard records, in order; a run has none."""
+        return list(self.manifest.get("shards", ()))
 
     @property
     def metrics(self) -> Mapping[str, Any]:
@@ -85,8 +85,16 @@ class Artifact:
     @cached_property
     def files(self) -> dict[str, FileEntry]:
         """Every listed file by path; one that several shards share is there once."""
-        listed = (entry for shard in self.shards for entry in shard["files"])
-        return {entry["path"]: FileEntry(**entry) for entry in listed}
+        groups = [self.manifest.get("files", ()), *(shard["files"] for shard in self.shards)]
+        return {entry["path"]: FileEntry(**entry) for group in groups for entry in group}
+
+    def product(self, role: str) -> Artifact:
+        """The artifact that a published run names ``role``, once its manifest was checked.
+
+        Raises:
+            RunError: that manifest is missing or damaged.
+        """
+        return Artifact.open(self.file(f"{self.manifest['products'][role]}/{MANIFEST}").parent)
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists, once its digest was checked.

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from pipeline.cli import main, make_parser
+from pipeline.stages.select import in_test
 
 
 def options(parser):
@@ -158,6 +159,22 @@ def test_the_installed_command_shows_no_traceback(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("pipeline: There is no data set named 'nothing'")
+
+
+def test_a_folder_with_the_name_of_a_known_data_set_is_only_a_folder(tmp_path, capsys):
+    root = image_folder(tmp_path / "digits", {"cat": 2, "dog": 2})
+    assert main(["run", "distill", str(root), "--print-config"]) == 0
+    values = yaml.safe_load(capsys.readouterr().out)
+    assert (values["teacher"]["backbone"], values["image"]["channels"]) == ("resnet20", 3)
+
+
+def test_a_data_set_of_which_nothing_is_held_out_is_refused(tmp_path, capsys):
+    root = image_folder(tmp_path / "pets", {"cat": 20, "dog": 20})
+    for path in root.rglob("*.png"):
+        if in_test(path.relative_to(root).as_posix()):
+            path.unlink()
+    assert main(["run", "distill", str(root), "--ipc", "2", "--out", str(tmp_path / "out")]) == 1
+    assert "[no-test-images]" in capsys.readouterr().err
 
 
 def test_an_image_folder_is_distilled_and_bad_files_are_counted(tmp_path, capsys):

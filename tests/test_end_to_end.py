@@ -2,8 +2,8 @@
 
 import json
 import logging
+import shutil
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -75,17 +75,17 @@ def test_another_seed_gives_other_images(local, tmp_path):
 def test_manifest_leads_to_products_that_others_can_read(local):
     out, summary = local
     manifest = json.loads((out / "manifest.json").read_bytes())
-    images = out / Path(manifest["products"]["images"]["path"]).parent
+    images = out / manifest["products"]["images"]
     names = []
     for shard in json.loads((images / "manifest.json").read_bytes())["shards"]:
         with tarfile.open(images / shard["files"][0]["path"]) as tar:
             names += tar.getnames()
     assert len(names) == 2 * 20  # a PNG and a JSON member for each of 20 images
-    labels = out / Path(manifest["products"]["labels"]["path"]).parent
+    labels = out / manifest["products"]["labels"]
     group = zarr.open_group(labels / "data.zarr", mode="r")
     assert group["logits"].shape == (20, 3, 10)
     assert group["logits"].dtype == np.float16
-    evaluation = out / Path(manifest["products"]["evaluation"]["path"]).parent
+    evaluation = out / manifest["products"]["evaluation"]
     rows = pq.read_table(evaluation / "evaluation.parquet").to_pylist()
     assert [row["arm"] for row in rows] == [
         "distilled-soft",
@@ -122,6 +122,15 @@ def test_open_gives_a_torch_dataset_of_the_stored_views(local):
     assert torch.equal(torch.stack([data[i][0] for i in range(20)]), first)
     with pytest.raises(IndexError):
         data[20]
+
+
+def test_a_product_whose_manifest_was_changed_is_not_opened(local, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(local[0], out)
+    manifest = next(out.glob("labels-*")) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"labels"', '"labelz"'))
+    with pytest.raises(pipeline.RunError, match="missing or damaged"):
+        pipeline.open(out)
 
 
 def test_a_step_is_not_opened_as_a_run(local):

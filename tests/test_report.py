@@ -207,7 +207,8 @@ class Finished:
             "seed": 5,
             **changes,
         }
-        return report(about, made, labelled, real, teacher, students).decode()
+        steps = [real.base, made, labelled]
+        return report(about, made, labelled, real, teacher, students, steps).decode()
 
 
 @pytest.fixture(scope="module")

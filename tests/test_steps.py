@@ -362,6 +362,10 @@ def test_a_publication_is_known_by_its_kind_and_products(tmp_path: Path) -> None
     for kind, products in (("others", {"a": one}), ("things", {"b": one}), ("things", {"a": two})):
         assert not run.published(kind, products)
     assert published.file("report.html").read_bytes() == b"<html>"
-    entry = published.manifest["products"]["a"]
-    assert Path(entry["path"]).parent.name == one.path.name
-    assert FileEntry(**entry) == FileEntry.of(tmp_path, one.path / "manifest.json")
+    assert published.product("a").path == one.path
+    entry = FileEntry.of(tmp_path, one.path / "manifest.json")
+    assert published.files[entry.path] == entry
+    (one.path / "manifest.json").write_text("{}")
+    assert not run.published("things", {"a": one})
+    with pytest.raises(RunError, match="missing or damaged"):
+        published.product("a")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -41,8 +40,6 @@ from pipeline.storage.webdataset import WebDatasetFormat
 from pipeline.storage.weights import WeightsFile
 from pipeline.storage.zarr import ZarrFormat
 
-log = logging.getLogger(__name__)
-
 
 class DistillConfig(Config):
     """Configuration of the recipe ``distill``."""
@@ -70,6 +67,12 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
     draws = [rank_at_random(index, config.ipc, (run.seed, n)) for n in range(config.seeds)]
     test = run.map("test", data.test or data.train, [*test_part, decode], to=ParquetFormat())
 
+    if not test.shards:
+        raise RunError(
+            "No image is left to test on: none of so few falls into the held-out fifth.",
+            hint="Add images, or give the data set a test split (train/ and test/ folders).",
+            code="no-test-images",
+        )
     train = None
     if config.teacher.weights is None:
         train = run.map("train", data.train, [*train_part, decode], to=ParquetFormat())
@@ -129,8 +132,8 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
         "seed": run.seed,
     }
     if not run.published("distilled", products):
-        inputs_read = [index, test, *([train] if train else [])]
-        page = report(about, images, labels, real[0], teacher, students, inputs_read)
+        steps = [index, test, *([train] if train else []), pool, images, labels]
+        page = report(about, images, labels, real[0], teacher, students, steps)
         run.publish("distilled", products, about, page)
     return {**about, "images": str(images.artifact.path), "labels": str(labels.artifact.path)}
 
@@ -212,6 +215,7 @@ def synthesis_plan(classes: tuple[str, ...], ipc: int, rows: int) -> TableSource
     return TableSource(tuple(parts), classes)
 
 
+UNKNOWN: dict[str, Any] = {"size": 32, "mean": (0.5,) * 3, "std": (0.25,) * 3}
 SMALL: dict[str, Any] = {
     "recover": {"jitter": 4, "crop_floor": 0.25, "batch_size": 100},
     "relabel": {"crop_floor": 0.25},
@@ -251,10 +255,10 @@ PRESETS: dict[str, Any] = {
 
 def defaults(data: Dataset) -> dict[str, Any]:
     """Settings for a data set: its own preset, or one for its image size."""
-    image = dict(data.image) or {"size": 32, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    image = data.info.image if data.info else UNKNOWN
     values: dict[str, Any] = {"image": image}
     if image["size"] <= 64:
-        preset = data.name if data.name in PRESETS else "cifar10"
+        preset = data.name if data.info and data.name in PRESETS else "cifar10"
         values = merge(merge(values, SMALL), PRESETS[preset])
     return values
 

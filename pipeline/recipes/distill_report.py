@@ -45,8 +45,8 @@ PIXEL_BYTES = 32 * 2**20  # of all pictures in a report, before compression
 def evaluation_table(
     teacher: Artifact,
     students: Artifact,
-    images: int | None = None,
-    teacher_images: int | None = None,
+    images: int,
+    teacher_images: int | None,
 ) -> list[dict[str, Any]]:
     """The accuracy of every arm and of the teacher, a row each.
 
@@ -77,7 +77,7 @@ def report(
     real: RegroupedSource,
     teacher: Artifact,
     students: Artifact,
-    steps: Sequence[ArtifactSource] = (),
+    steps: Sequence[ArtifactSource],
 ) -> bytes:
     """The report as HTML; it depends on the arguments and the versions of packages alone.
 
@@ -88,7 +88,7 @@ def report(
         real: the random real images of the evaluation.
         teacher: the fitted teacher.
         students: the fitted students, named ``<arm>-<seed>``.
-        steps: more steps whose samples the report accounts for.
+        steps: the steps whose samples the report accounts for.
     """
     image, ipc, classes = about["config"]["image"], about["config"]["ipc"], about["classes"]
     pixels = f"{image['size']} x {image['size']} pixels"
@@ -96,8 +96,6 @@ def report(
         f"{len(classes):,} classes, {images.artifact.manifest['counts']['out']:,} synthetic images "
         f"of {pixels}. {_outcome(about['evaluation'])}"
     )
-    pool = [real.base] if isinstance(real.base, ArtifactSource) else []
-    counted = {source.identity: source for source in (*steps, *pool, images, labels)}
     products = {"images": images.identity, "labels": labels.identity, "real images": real.identity}
     products |= {"teacher": teacher.identity, "students": students.identity}
     sections = [
@@ -105,7 +103,7 @@ def report(
         ("Images", _pictures(about, images, real)),
         ("Losses", _loss_charts(about["config"], images.artifact, teacher, students)),
         ("Sizes", _sizes(images, labels)),
-        ("Samples of each step", _accounting(list(counted.values()))),
+        ("Samples of each step", _accounting(steps)),
         ("Provenance", _provenance(about, products)),
     ]
     return page(f"Distilled {about['dataset']}, {ipc} images a class", lead, sections)
