@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from pipeline.errors import PipelineError
 from pipeline.registry import Registry
+from pipeline.storage.store import storage_error
 
 Work = Callable[[str], dict[str, Any]]
 """Does one unit, given its name, and returns a record of plain JSON types. Picklable."""
@@ -36,8 +37,10 @@ def attempt(work: Work, unit: str) -> dict[str, Any]:
     try:
         return work(unit)
     except PipelineError as error:
-        fields = {"message": error.message, "hint": error.hint, "code": error.code}
-        return {"error": {**fields, "where": error.where or unit}}
+        return _told(error, unit)
+    except OSError as error:
+        told = _told(storage_error(error), unit)
+        return {"error": {**told["error"], "traceback": _traceback(error)}}
     except Exception as error:  # noqa: BLE001 - any error of a plug-in is reported with its shard
         return {
             "error": {
@@ -48,6 +51,11 @@ def attempt(work: Work, unit: str) -> dict[str, Any]:
                 "traceback": _traceback(error),
             }
         }
+
+
+def _told(error: PipelineError, unit: str) -> dict[str, Any]:
+    fields = {"message": error.message, "hint": error.hint, "code": error.code}
+    return {"error": {**fields, "where": error.where or unit}}
 
 
 def _traceback(error: BaseException) -> str:

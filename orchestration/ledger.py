@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pipeline.digest import dumps
-from pipeline.storage.atomic import FileEntry, write_atomic
+from pipeline.storage.atomic import seal, unseal
+from pipeline.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -17,22 +15,27 @@ class Ledger:
     """The records of one step.
 
     Args:
-        folder: where the records lie.
-        artifact: the folder of the published files that the records speak of.
+        store: where the records lie.
+        artifact: the published files that the records speak of.
     """
 
-    folder: Path
-    artifact: Path
+    store: Store
+    artifact: Store
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Commit a shard: from now on it is finished."""
-        write_atomic(self.folder / f"{name}.json", dumps(record))
+        self.store.replace(f"{name}.json", seal(record))
 
     def finished(self) -> dict[str, dict[str, Any]]:
-        """Records by shard name; one counts only if its files are there with their sizes."""
+        """Records by shard name; one counts only if it is whole and its files have their sizes."""
+        names = [info.name for info in self.store.files() if info.has("json")]
+        sizes = {info.name: info.bytes for info in self.artifact.files()} if names else {}
         found = {}
-        for path in sorted(self.folder.glob("*.json")):
-            record = json.loads(path.read_bytes())
-            if all(FileEntry(**entry).present(self.artifact) for entry in record["files"]):
+        for data in self.store.read_many(names):
+            try:
+                record = unseal(data)
+            except ValueError:
+                continue  # damaged: the shard is done again
+            if all(sizes.get(entry["path"]) == entry["bytes"] for entry in record["files"]):
                 found[record["name"]] = record
         return found

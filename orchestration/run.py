@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.digest import canonical, digest, seed_for
 from pipeline.errors import RunError
 from pipeline.orchestration.executor import Executor, Work
+from pipeline.orchestration.retry import RetrySource, in_quarantine
 from pipeline.orchestration.steps import Fit, FitWork, MapWork, StepFolders
 from pipeline.orchestration.training import TrainingTask
 from pipeline.stage import Stage
 from pipeline.storage.artifact import MANIFEST, Artifact, ArtifactSource, writer_spec
-from pipeline.storage.atomic import FileEntry, exclusive, write_atomic
+from pipeline.storage.atomic import FileEntry, exclusive
 from pipeline.storage.formats import Format
 from pipeline.storage.models import UNIT
 from pipeline.storage.source import Source
+from pipeline.storage.store import LocalStore, Store, storage_error
 
 log = logging.getLogger(__name__)
 WORK = ".run"
+LOG = "log.txt"
 
 
 @dataclass
@@ -40,15 +45,20 @@ class Run:
         seed: the run's seed.
         threads: CPU threads of one unit of work. Part of every step's identity, since the sums
             of floats depend on it.
-        max_bad: share of a step's samples that may be quarantined before the run fails.
+        max_bad: how many samples of a step may be quarantined before the run fails: a share
+            (float) or a count (int).
+        retry: take up the samples in quarantine once more: those with one of these reasons, or
+            all where none is named.
     """
 
-    out: Path
+    out: Store
     executor: Executor
     seed: int = 0
     threads: int = 1
-    max_bad: float = 0.01
+    max_bad: float | int = 0.01
+    retry: frozenset[str] | None = None
     executed: int = 0
+    steps: dict[str, Artifact] = field(default_factory=dict)
 
     def map(
         self, name: str, source: Source, stages: Sequence[Stage], *, to: Format
@@ -60,19 +70,47 @@ class Run:
         """
         seed = seed_for(self.seed, name)
         identity = digest("map", name, source, list(stages), writer_spec(to), seed, self.threads)
-        folders = self._folders(name, identity)
+        step = f"{name}-{identity[:12]}"
+        artifact = self._map(name, step, identity, source, stages, to, None)
+        number = 1
+        while Artifact.exists(self.out.below(f"{step}-retry{number}")):
+            artifact = Artifact.open(self.out.below(f"{step}-retry{number}"))
+            number += 1
+        if self.retry is not None:
+            chosen = in_quarantine(artifact, self.retry)
+            if chosen:
+                again = RetrySource(source, chosen, number)
+                log.info("%s: %d samples taken up from quarantine", name, len(again))
+                identity = digest("retry", artifact.identity, again)
+                artifact = self._map(
+                    name, f"{step}-retry{number}", identity, again, stages, to, artifact
+                )
+        self._check_bad(name, artifact.manifest["counts"])
+        found = ArtifactSource(artifact)
+        self.steps |= {part.name: part for part in found.artifacts}
+        return found
+
+    def _map(
+        self,
+        name: str,
+        step: str,
+        identity: str,
+        source: Source,
+        stages: Sequence[Stage],
+        to: Format,
+        base: Artifact | None,
+    ) -> Artifact:
+        folders = self._folders(step)
         if Artifact.exists(folders.artifact):
-            artifact = self._found(name, folders)
-            self._check_bad(name, artifact.manifest["counts"])
-            return ArtifactSource(artifact)
+            return self._found(name, folders)
+        seed = seed_for(self.seed, name)
         work = MapWork(folders, source, tuple(stages), to, seed, self.threads)
         records = self._execute(name, folders, work, [shard.name for shard in source.shards])
-        counts = add_counts([record["counts"] for record in records])
-        self._check_bad(name, counts)
         offset = 0
         for record in records:
             record["offset"] = offset
             offset += record["rows"]
+        counts = add_counts([record["counts"] for record in records])
         manifest = {
             "kind": "table",
             "step": name,
@@ -83,7 +121,15 @@ class Run:
             "counts": counts,
             "shards": records,
         }
-        return ArtifactSource(Artifact.finish(folders.artifact, manifest, folders.attempts))
+        if base and isinstance(source, RetrySource):
+            if not offset:
+                log.warning("%s: none of the samples taken up could be used", name)
+                folders.artifact.remove()
+                folders.work.remove()
+                return base
+            manifest["counts"] = _with_retried(base.manifest["counts"], source.retried, counts)
+            manifest |= {"base": base.name, "retried": source.retried}
+        return Artifact.finish(folders.artifact, manifest)
 
     def fit(self, name: str, task: TrainingTask, **inputs: Source) -> Artifact:
         """Train one model; the artifact holds its weights and ``metrics`` what it measured."""
@@ -93,31 +139,40 @@ class Run:
         """Train several models that do not depend on one another, each a unit of work."""
         seed = seed_for(self.seed, name)
         identity = digest("fit", name, fits, seed, self.threads)
-        folders = self._folders(name, identity)
+        folders = self._folders(f"{name}-{identity[:12]}")
         if Artifact.exists(folders.artifact):
-            return self._found(name, folders)
+            return self._keep(self._found(name, folders))
         work = FitWork(folders, fits, seed, self.threads)
         records = self._execute(name, folders, work, list(fits))
         spec = canonical({unit: fit.task for unit, fit in fits.items()})
         manifest = {"kind": "models", "step": name, "identity": identity, "spec": spec}
-        return Artifact.finish(folders.artifact, {**manifest, "shards": records}, folders.attempts)
+        return self._keep(Artifact.finish(folders.artifact, {**manifest, "shards": records}))
+
+    def _keep(self, artifact: Artifact) -> Artifact:
+        self.steps[artifact.name] = artifact
+        return artifact
 
     def publish(
-        self, kind: str, products: Mapping[str, Artifact], about: Mapping[str, Any], report: bytes
+        self,
+        kind: str,
+        products: Mapping[str, Artifact],
+        about: Mapping[str, Any],
+        report: bytes | None = None,
     ) -> Artifact:
         """Write the report and, last, the run's manifest, which names the products by role."""
-        scratch = self.out / WORK / "scratch"
-        page = self.out / "report.html"
-        write_atomic(page, report, scratch)
-        files = [page, *(artifact.path / MANIFEST for artifact in products.values())]
+        files = [f"{name}/{MANIFEST}" for name in _with_bases(products.values())]
+        if report is not None:
+            self.out.replace("report.html", report)
+            files.append("report.html")
         manifest = {
             "kind": kind,
             "identity": digest(kind, products),
-            "products": {role: artifact.path.name for role, artifact in products.items()},
-            "files": [vars(FileEntry.of(self.out, path)) for path in files],
+            "products": {role: artifact.name for role, artifact in products.items()},
+            "steps": list(self.steps),
+            "files": [vars(FileEntry.of(self.out, name)) for name in files],
             **about,
         }
-        return Artifact.finish(self.out, manifest, scratch)
+        return Artifact.finish(self.out, manifest)
 
     def published(self, kind: str, products: Mapping[str, Artifact]) -> bool:
         """Whether these very products were published already, and the report is as it was."""
@@ -125,11 +180,11 @@ class Run:
             return False
         found = Artifact.open(self.out)
         whole = all(entry.intact(self.out) for entry in found.files.values())
-        return whole and found.identity == digest(kind, products)
+        same = found.manifest["steps"] == list(self.steps)
+        return whole and same and found.identity == digest(kind, products)
 
-    def _folders(self, name: str, identity: str) -> StepFolders:
-        folder = f"{name}-{identity[:12]}"
-        return StepFolders(self.out / folder, self.out / WORK / folder)
+    def _folders(self, step: str) -> StepFolders:
+        return StepFolders(self.out.below(step), self.out.below(WORK).below(step))
 
     def _found(self, name: str, folders: StepFolders) -> Artifact:
         artifact = Artifact.open(folders.artifact)
@@ -140,7 +195,6 @@ class Run:
         self, name: str, folders: StepFolders, work: Work, units: Sequence[str]
     ) -> list[dict[str, Any]]:
         """Do the units that the ledger does not hold; their records in the order of ``units``."""
-        shutil.rmtree(folders.attempts, ignore_errors=True)
         records = folders.ledger.finished()
         missing = [unit for unit in units if unit not in records]
         if records:
@@ -163,40 +217,75 @@ class Run:
         bad = sum(counts["quarantined"].values())
         if bad:
             log.warning("%s: %d of %d samples are in quarantine", name, bad, counts["in"])
-        if bad > self.max_bad * counts["in"]:
+        allowed = self.max_bad * counts["in"] if isinstance(self.max_bad, float) else self.max_bad
+        if bad > allowed:
             reasons = ", ".join(f"{n} {reason}" for reason, n in counts["quarantined"].items())
             raise RunError(
                 f"{bad} of {counts['in']} samples could not be used in the step '{name}': "
                 f"{reasons}.",
-                hint=f"Their keys and bytes are in the step's folder 'quarantine'; raise --max-bad "
-                f"above {bad / counts['in']:.3g} to go on without them.",
+                hint="'pipeline retry' takes them up again; they lie in the step's folder "
+                f"'quarantine' with the reasons. --max-bad {bad} goes on without them.",
                 code="too-many-bad",
             )
 
 
 @contextmanager
-def open_run(out: Path, executor: Executor, **options: Any) -> Iterator[Run]:
+def open_run(out: Store, executor: Executor, **options: Any) -> Iterator[Run]:
     """Hold ``out`` for this process and close the executor at the end.
 
     Raises:
         UsageError: ``out`` cannot be written.
-        RunError: another process is writing it.
+        RunError: another process is writing it, or the storage failed.
     """
-    with exclusive(out / WORK), _log_file(out / WORK / "log.txt"), closing(executor):
-        yield Run(out, executor, **options)
+    out = out.writing_in(f"{WORK}/unfinished")
+    work = out.below(WORK)
+    try:
+        with exclusive(work), _log_file(work), closing(executor):
+            out.clear()
+            yield Run(out, executor, **options)
+    except OSError as error:
+        raise storage_error(error, str(out)) from error
 
 
 @contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("pipeline")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
+def _log_file(work: Store) -> Iterator[None]:
+    """Keep a log in ``work``: as it is written on a disk, in an object store when the run ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = work.root / LOG if isinstance(work, LocalStore) else Path(folder, LOG)
+        handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger = logging.getLogger("pipeline")
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+            if not isinstance(work, LocalStore):
+                stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
+                work.replace(f"{stamp}-{LOG}", path.read_bytes())
+
+
+def _with_bases(artifacts: Iterable[Artifact]) -> list[str]:
+    """The folders of artifacts and of those that they add to."""
+    found: dict[str, None] = {}
+    for artifact in artifacts:
+        table = artifact.manifest["kind"] == "table"
+        parts = ArtifactSource(artifact).artifacts if table else (artifact,)
+        found |= dict.fromkeys(part.name for part in parts)
+    return list(found)
+
+
+def _with_retried(
+    base: Mapping[str, Any], retried: Mapping[str, int], counts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Counts of a step of whose quarantine ``retried`` samples became ``counts``."""
+    total = add_counts([base, counts])
+    total["in"] = base["in"]
+    for reason, rows in retried.items():
+        total["quarantined"][reason] -= rows
+    total["quarantined"] = {reason: n for reason, n in total["quarantined"].items() if n}
+    return total
 
 
 def add_counts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

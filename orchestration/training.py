@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
@@ -18,7 +18,7 @@ from pipeline.backbones import ModelSpec
 from pipeline.config import TrainConfig
 from pipeline.device import default_device
 from pipeline.digest import seed_for
-from pipeline.storage.atomic import write_atomic
+from pipeline.storage.store import Store
 
 log = logging.getLogger(__name__)
 B = TypeVar("B")
@@ -65,8 +65,48 @@ class Trained(Generic[B]):
     metrics: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of one training between epochs: a SHA-256 (32 bytes) and what torch saved.
+
+    Args:
+        store: where it lies.
+        name: the unit of work that it belongs to.
+    """
+
+    store: Store
+    name: str
+
+    @property
+    def _file(self) -> str:
+        return f"{self.name}.pt"
+
+    def read(self, device: torch.device) -> dict[str, Any] | None:
+        """The state last written; ``None`` where there is none, or not the bytes that were."""
+        if self.store.info(self._file) is None:
+            return None
+        data = self.store.read(self._file)
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            log.warning("%s: the checkpoint is damaged, training begins anew", self.name)
+            return None
+        found: dict[str, Any] = torch.load(
+            io.BytesIO(data[32:]), map_location=device, weights_only=True
+        )
+        return found
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Put ``state`` in place of the last one."""
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        data = buffer.getvalue()
+        self.store.replace(self._file, hashlib.sha256(data).digest() + data)
+
+    def delete(self) -> None:
+        self.store.delete(self._file)
+
+
 def train(
-    task: TrainingTask, inputs: Mapping[str, pa.Table], seed: int, checkpoint: Path
+    task: TrainingTask, inputs: Mapping[str, pa.Table], seed: int, checkpoint: Checkpoint
 ) -> Trained[Any]:
     """Train to the end, from ``checkpoint`` where one is there.
 
@@ -81,13 +121,12 @@ def train(
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = _optimizer(model, config)
     losses: list[float] = []
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+    if state := checkpoint.read(device):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         losses = state["losses"]
         log.info(
-            "%s: training goes on from epoch %d of %d", checkpoint.stem, len(losses), config.epochs
+            "%s: training goes on from epoch %d of %d", checkpoint.name, len(losses), config.epochs
         )
     total = config.epochs * training.steps
     for epoch in range(len(losses), config.epochs):
@@ -107,11 +146,9 @@ def train(
         losses.append(float(torch.stack(epoch_losses).mean()))
         if (epoch + 1) % config.checkpoint_epochs == 0 and epoch + 1 < config.epochs:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            buffer = io.BytesIO()
-            torch.save({**state, "losses": losses}, buffer)
-            write_atomic(checkpoint, buffer.getvalue())
+            checkpoint.write({**state, "losses": losses})
             log.info(
-                "%s: checkpoint at epoch %d of %d", checkpoint.stem, len(losses), config.epochs
+                "%s: checkpoint at epoch %d of %d", checkpoint.name, len(losses), config.epochs
             )
     model.eval()
     with torch.inference_mode():

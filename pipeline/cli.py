@@ -19,6 +19,11 @@ FLAGS = {
     "ipc": "ipc",
     "teacher_weights": "teacher.weights",
     "teacher_backbone": "teacher.backbone",
+    "format": "format",
+    "shard_mb": "shard_mb",
+    "encode": "encode",
+    "quality": "quality",
+    "shorter": "shorter",
 }
 """Options that are short for a ``--set``, by the setting they stand for."""
 
@@ -35,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PipelineError as error:
         print(f"pipeline: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        from pipeline.storage.store import storage_error
+
+        print(f"pipeline: {storage_error(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("pipeline: stopped. The same command goes on from here.", file=sys.stderr)
         return 130
@@ -51,13 +61,19 @@ def make_parser() -> argparse.ArgumentParser:
     run = verbs.add_parser("run", help="run a recipe on a data set")
     named = run.add_subparsers(title="recipes", metavar="RECIPE", required=True)
     for name, summary in RECIPES.items():
-        _recipe_options(named.add_parser(name, help=summary, description=summary), name)
+        recipe = named.add_parser(name, help=summary, description=summary)
+        _distill_options(recipe)
+        _recipe_options(recipe, name)
+    convert = verbs.add_parser("convert", help="write a data set in another format")
+    _convert_options(convert)
+    _recipe_options(convert, "convert")
+    _output_commands(verbs)
     return parser
 
 
-def _recipe_options(parser: argparse.ArgumentParser, recipe: str) -> None:
-    parser.add_argument("dataset", metavar="DATASET", help="a known name, or a path")
-    settings = parser.add_argument_group("settings")
+def _distill_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
+    settings = parser.add_argument_group("recipe")
     settings.add_argument("--ipc", type=int, help="synthetic images per class")
     settings.add_argument(
         "--teacher-weights",
@@ -65,6 +81,26 @@ def _recipe_options(parser: argparse.ArgumentParser, recipe: str) -> None:
         help="a teacher's .safetensors or .npz, or 'pretrained'",
     )
     settings.add_argument("--teacher-backbone", metavar="NAME", help="the teacher's network")
+    parser.add_argument("--out", metavar="PATH", help="output folder, or its URL")
+
+
+def _convert_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="SRC", help="a known name, a path or a URL")
+    parser.add_argument("out", metavar="DST", help="output folder, or its URL")
+    settings = parser.add_argument_group("format")
+    settings.add_argument("--format", help="webdataset (default), parquet, zarr or folder")
+    settings.add_argument("--shard-mb", type=int, metavar="MB", help="size of a shard (256)")
+    settings.add_argument(
+        "--encode", metavar="KIND", help="keep (default), png, jpeg, webp or webp-lossless"
+    )
+    settings.add_argument("--quality", type=int, help="of jpeg and webp (90)")
+    settings.add_argument(
+        "--shorter", type=int, metavar="PIXELS", help="scale larger images to this shorter side"
+    )
+
+
+def _recipe_options(parser: argparse.ArgumentParser, recipe: str) -> None:
+    settings = parser.add_argument_group("settings")
     settings.add_argument(
         "--set",
         action="append",
@@ -76,16 +112,8 @@ def _recipe_options(parser: argparse.ArgumentParser, recipe: str) -> None:
     settings.add_argument(
         "--print-config", action="store_true", help="print every setting as YAML and stop"
     )
-    where = parser.add_argument_group("input and output")
-    where.add_argument(
-        "--data",
-        type=Path,
-        default=os.environ.get("PIPELINE_DATA"),
-        metavar="PATH",
-        help="where named data sets lie (default: $PIPELINE_DATA)",
-    )
-    where.add_argument("--out", type=Path, metavar="PATH", help="output folder")
-    where.add_argument("--json", action="store_true", help="print the result as JSON")
+    _data_option(parser)
+    _json_option(parser)
     how = parser.add_argument_group("execution")
     how.add_argument("--executor", choices=["local", "ray"], default="local")
     how.add_argument("--address", metavar="URL", help="Ray cluster to join")
@@ -94,23 +122,85 @@ def _recipe_options(parser: argparse.ArgumentParser, recipe: str) -> None:
     how.add_argument("--seed", type=int, default=0)
     how.add_argument(
         "--max-bad",
-        type=float,
+        type=_share_or_count,
         default=0.01,
-        metavar="SHARE",
-        help="share of unreadable samples above which the run fails",
+        metavar="N",
+        help="unusable samples above which the run fails: a count, or a share such as 1%%",
     )
     parser.set_defaults(command=_run, recipe=recipe)
 
 
+def _output_commands(verbs: Any) -> None:
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary)
+        parser.set_defaults(command=_command, name=name)
+        return parser
+
+    look = add("inspect", "show what a data set or an output holds")
+    look.add_argument("path", metavar="PATH", help="a known name, a path or a URL")
+    look.add_argument("--all", action="store_true", help="read every shard, to count classes")
+    look.add_argument("--sheet", type=Path, metavar="FILE", help="write a contact sheet, PNG")
+    _data_option(look)
+    compare = add("diff", "compare two data sets sample by sample")
+    compare.add_argument("a", metavar="A")
+    compare.add_argument("b", metavar="B")
+    _data_option(compare)
+    check = add("verify", "check an output against its manifests")
+    check.add_argument("path", metavar="PATH", help="output folder of a run, or its URL")
+    depth = check.add_mutually_exclusive_group()
+    depth.add_argument("--deep", action="store_true", help="read every file")
+    depth.add_argument(
+        "--subset", type=_share, default=0.0, metavar="5%", help="read a share of files at random"
+    )
+    repair = add("repair", "set damaged files of an output aside and make them anew")
+    repair.add_argument("path", metavar="RUN", help="output folder of a run, or its URL")
+    retry = add("retry", "take samples up from quarantine, with the run's own settings")
+    retry.add_argument("path", metavar="RUN", help="output folder of a run, or its URL")
+    retry.add_argument(
+        "--reason", action="append", default=[], help="only those with this reason; repeatable"
+    )
+    gc = add("gc", "find files in an output folder that nobody needs")
+    gc.add_argument("path", metavar="RUN", help="output folder of a run, or its URL")
+    gc.add_argument("--delete", action="store_true", help="delete them; without it only say which")
+    gc.add_argument("--intermediate", action="store_true", help="also steps that are not products")
+    for parser in (look, compare, check, repair, retry, gc):
+        _json_option(parser)
+
+
+def _data_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        default=os.environ.get("PIPELINE_DATA"),
+        metavar="PATH",
+        help="where named data sets lie (default: $PIPELINE_DATA)",
+    )
+
+
+def _json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _share(text: str) -> float:
+    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no share; write 5% or 0.05")
+    return value
+
+
+def _share_or_count(text: str) -> float | int:
+    return int(text) if text.isdecimal() else _share(text)
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from pipeline.api import configure, run
+    from pipeline.commands import readable
     from pipeline.config import dump_yaml, merge, parse_assignments, read_yaml
 
     values = read_yaml(arguments.config) if arguments.config else {}
     short = [
         f"{path}={json.dumps(given)}"
         for flag, path in FLAGS.items()
-        if (given := getattr(arguments, flag)) is not None
+        if (given := getattr(arguments, flag, None)) is not None
     ]
     values = merge(values, parse_assignments([*arguments.set, *short]))
     if arguments.print_config:
@@ -130,8 +220,17 @@ def _run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         max_bad=arguments.max_bad,
     )
-    print(json.dumps(summary, indent=2) if arguments.json else _readable(summary))
+    print(json.dumps(summary, indent=2) if arguments.json else readable(summary))
     return 0
+
+
+def _command(arguments: argparse.Namespace) -> int:
+    from pipeline import commands
+
+    _log()
+    code, summary, text = getattr(commands, f"run_{arguments.name}")(arguments)
+    print(json.dumps(summary, indent=2) if arguments.json else text)
+    return int(code)
 
 
 def _log() -> None:
@@ -142,19 +241,6 @@ def _log() -> None:
         datefmt="%H:%M:%S",
     )
     logging.getLogger("pipeline").setLevel(logging.INFO)
-
-
-def _readable(summary: dict[str, Any]) -> str:
-    lines = []
-    if rows := summary.get("evaluation"):
-        lines.append(f"{'trained on':<34}{'images':>8}{'accuracy, %':>13}")
-        for row in rows:
-            spread = f" +- {row['spread']:.2f} ({row['seeds']} seeds)" if row["seeds"] > 1 else ""
-            count = "" if row["images"] is None else row["images"]
-            lines.append(f"{row['trained_on']:<34}{count:>8}{row['accuracy']:>13.2f}{spread}")
-        lines.append("")
-    lines += [f"{name + ':':<8} {summary[name]}" for name in ("images", "labels", "report")]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pipeline.dataset_distill.config import ImageConfig
 from pipeline.dataset_distill.views import Views, normalise, render
 from pipeline.errors import UsageError
 from pipeline.storage.artifact import Artifact, ArtifactSource
+from pipeline.storage.store import open_store
 from pipeline.tensors import to_numpy
 
 
@@ -58,13 +59,13 @@ def open(path: str | Path) -> DistilledDataset:  # noqa: A001
     """Open what a run published.
 
     Args:
-        path: the output folder of a finished run.
+        path: path or URL of the output folder of a finished run.
 
     Raises:
         UsageError: there is no finished run, or it is of a kind that is not opened this way.
         RunError: a file is missing or damaged.
     """
-    artifact = Artifact.open(Path(path))
+    artifact = Artifact.open(open_store(path))
     if artifact.manifest["kind"] != "distilled":
         raise UsageError(
             f"This folder holds one step of a run ('{artifact.manifest['kind']}').",

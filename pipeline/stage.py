@@ -18,7 +18,7 @@ class ShardContext:
     shard: str
     seed: int
     filtered: dict[str, int] = field(default_factory=dict)
-    bad: list[dict[str, Any]] = field(default_factory=list)
+    bad: list[dict[str, str]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def filter(self, reason: str, rows: int = 1) -> None:
@@ -26,16 +26,15 @@ class ShardContext:
         if rows:
             self.filtered[reason] = self.filtered.get(reason, 0) + rows
 
-    def quarantine(self, key: str, reason: str, detail: str, data: bytes) -> None:
-        """Set a bad sample aside with its original bytes.
+    def quarantine(self, key: str, reason: str, detail: str) -> None:
+        """Set a bad sample aside; it is kept as it came into the step, with its original bytes.
 
         Args:
             key: the sample's key.
             reason: a short stable code such as ``decode-error``.
             detail: one sentence for a person.
-            data: the bytes as they were read.
         """
-        self.bad.append({"key": key, "reason": reason, "detail": detail, "data": data})
+        self.bad.append({"key": key, "reason": reason, "detail": detail})
 
 
 class Stage(Protocol):

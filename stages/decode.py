@@ -2,95 +2,141 @@
 
 from __future__ import annotations
 
-import io
-import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.stage import ShardContext
-from pipeline.storage.images import ALLOWED
+from pipeline.storage.images import (
+    MAX_PIXELS,
+    SECONDS,
+    TimeLimit,
+    TooLargeError,
+    TooSlowError,
+    decode,
+    load_resize,
+    resize,
+)
 from pipeline.tensors import is_tensor, tensor_column, to_numpy
 
-MAX_PIXELS = 64_000_000
+Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Decode:
     """Decode, turn upright, convert to ``channels`` and resize to ``size`` x ``size``.
 
-    The shorter side is scaled to ``size`` and the middle cut out, so that one shard becomes one
-    tensor. Pixels are counted in the header before they are decoded. A picture that cannot be
-    read is quarantined as ``decode-error``, one over 64 megapixels as ``too-large``.
+    The largest square in the middle, at whole pixels, is scaled to ``size``, so that one shard
+    becomes one uint8 tensor. :func:`~pipeline.storage.images.decode` says what becomes of which
+    kind of image. Tensors of pixels are taken as well.
+
+    One bad image never stops a shard. It is quarantined as ``too-large`` (more than
+    ``max_pixels``, or a JPEG of too many scans), as ``too-slow`` (more than ``seconds``), and
+    as ``decode-error`` whatever else is the matter.
     """
 
     size: int
     channels: Literal[1, 3]
+    max_pixels: int = MAX_PIXELS
+    seconds: float = SECONDS
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __call__(self, table: pa.Table, context: ShardContext) -> pa.Table:
-        column = table["image"]
-        images: Any = to_numpy(column) if is_tensor(column.type) else column.to_pylist()
-        pixels, kept = [], []
-        for row, image in enumerate(images):
-            key = table["key"][row].as_py()
-            try:
-                picture = _open(image)
-                pixels.append(self._pixels(picture))
-                kept.append(row)
-            except _TooLargeError as error:
-                context.quarantine(key, "too-large", str(error), bytes(image))
-            except Exception as error:  # noqa: BLE001 - damaged files make decoders raise anything
-                context.quarantine(key, "decode-error", str(error), bytes(image or b""))
-        shape = (len(pixels), self.size, self.size, self.channels)
-        tensor = tensor_column(np.array(pixels, np.uint8).reshape(shape))
-        index = table.schema.get_field_index("image")
-        return table.take(pa.array(kept, pa.int64())).set_column(index, "image", tensor)
-
-    def _pixels(self, picture: Image.Image) -> npt.NDArray[np.uint8]:
-        picture.draft("RGB", (self.size, self.size))
-        upright = _eight_bits(ImageOps.exif_transpose(picture) or picture)
-        converted = upright.convert("RGB" if self.channels == 3 else "L")
+        load_resize()
         square = (self.size, self.size)
-        if converted.size != square:
-            method = Image.Resampling.BICUBIC
-            converted = ImageOps.fit(converted, square, method=method)
-        return np.asarray(converted).reshape(self.size, self.size, self.channels)
+        pixels = np.empty((len(table), *square, self.channels), np.uint8)
+
+        def put(image: bytes | Pixels, place: int) -> None:
+            found = pixels_of(image, self.channels, self.size, self.max_pixels)
+            resize(_middle(found), square, pixels[place])
+
+        kept = each_image(table, context, put, self.seconds)
+        return with_images(table, kept, tensor_column(pixels[: len(kept)]))
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    # Pillow cuts deeper gray levels off at 255 instead of scaling them.
-    if not picture.mode.startswith(("I", "F")):
-        return picture
-    if picture.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    levels = np.asarray(picture) >> 8
-    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+def each_image(
+    table: pa.Table,
+    context: ShardContext,
+    use: Callable[[bytes | Pixels, int], None],
+    seconds: float,
+) -> list[int]:
+    """Do something with every image of a table, and quarantine those with which it fails.
+
+    Args:
+        table: with ``key`` and ``image`` (binary, or a tensor of pixels H x W x C a row).
+        context: what is quarantined is reported to.
+        use: takes an image and its place among those that went well.
+        seconds: longest that one image may take.
+
+    Returns:
+        Rows of the images that went well, in order.
+    """
+    kept: list[int] = []
+    with TimeLimit(seconds) as limited:
+        for row, image in enumerate(_images(table["image"])):
+            try:
+                if image is None:
+                    raise ValueError("the sample has no image")
+                limited(use, image, len(kept))
+                kept.append(row)
+            except Exception as error:  # noqa: BLE001 - damaged files make decoders raise anything
+                detail = str(error) or type(error).__name__
+                context.quarantine(table["key"][row].as_py(), _reason(error), detail)
+    return kept
 
 
-class _TooLargeError(Exception):
-    """More pixels than are ever decoded."""
+def with_images(table: pa.Table, rows: list[int], images: pa.Array) -> pa.Table:
+    """The given rows of a table with other images."""
+    index = table.schema.get_field_index("image")
+    others = table.remove_column(index)
+    if len(rows) < len(table):
+        others = others.take(pa.array(rows, pa.int64()))
+    return others.add_column(index, "image", images)
 
 
-def _open(image: npt.NDArray[np.uint8] | bytes | None) -> Image.Image:
-    if image is None:
-        raise ValueError("the sample has no image")
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            picture = Image.open(io.BytesIO(image), formats=ALLOWED)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise _TooLargeError(str(error)) from error
-        except UnidentifiedImageError as error:
-            raise ValueError("the bytes are not an image of an accepted kind") from error
-    width, height = picture.size
-    if width * height > MAX_PIXELS:
-        raise _TooLargeError(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
-    return picture
+def pixels_of(
+    image: bytes | Pixels, channels: Literal[1, 3] | None, shorter: int | None, max_pixels: int
+) -> Pixels:
+    """The pixels H x W x C of an image that is encoded or already an array.
+
+    Args as of :func:`~pipeline.storage.images.decode`; of an array with 2 or 4 channels the last
+    is transparency, which is left off.
+    """
+    if isinstance(image, bytes):
+        return decode(image, channels, shorter=shorter, max_pixels=max_pixels)
+    if image.dtype != np.uint8 or image.ndim != 3 or not 1 <= image.shape[2] <= 4:
+        raise ValueError(f"not pixels H x W x C of 8 bits: {image.dtype} {image.shape}")
+    if image.shape[2] in {2, 4}:
+        image = image[..., :-1]
+    if channels == 1 and image.shape[2] == 3:
+        return np.asarray(Image.fromarray(image).convert("L"))[..., None]
+    return image.repeat(3, 2) if channels == 3 and image.shape[2] == 1 else image
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TooLargeError):
+        return "too-large"
+    return "too-slow" if isinstance(error, TooSlowError) else "decode-error"
+
+
+def _images(column: pa.ChunkedArray) -> Iterator[Any]:
+    if not is_tensor(column.type):
+        for first in range(0, len(column), 64):  # a shard's bytes are never there twice
+            yield from column.slice(first, 64).to_pylist()
+    elif column.null_count:
+        yield from (scalar.to_numpy() if scalar.is_valid else None for scalar in column)
+    else:
+        yield from to_numpy(column)
+
+
+def _middle(image: Pixels) -> Pixels:
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]

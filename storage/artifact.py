@@ -1,9 +1,9 @@
-"""Directories that say what they hold: a manifest, written last, and the files it lists."""
+"""Places that say what they hold: a manifest, written last, and the files it lists."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,61 +11,77 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.digest import dumps
 from pipeline.errors import RunError, UsageError
-from pipeline.storage.atomic import FileEntry, write_atomic
+from pipeline.storage.atomic import FileEntry, seal, unseal
 from pipeline.storage.formats import Format, formats
 from pipeline.storage.source import Shard, Source
+from pipeline.storage.store import LocalStore, Store, storage_error
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A directory and its manifest. Readers follow the manifest, never a listing."""
+    """A store and its manifest. Readers follow the manifest, never a listing."""
 
-    path: Path
+    store: Store
     manifest: Mapping[str, Any]
 
     @classmethod
-    def open(cls, path: Path) -> Artifact:
-        """Read the manifest in ``path``.
+    def open(cls, store: Store) -> Artifact:
+        """Read the manifest in ``store``.
 
         Raises:
-            UsageError: there is none, or it is of another format or version.
+            UsageError: there is none, or it is of another format version.
+            RunError: it is damaged or cannot be read.
         """
         try:
-            manifest = json.loads((path / MANIFEST).read_bytes())
-            version = manifest["format_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            manifest = unseal(store.read(MANIFEST))
+            _check_names(manifest)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise UsageError(
                 "There is no finished output of this pipeline here.",
                 hint="Give the folder that a run wrote; a run that was stopped is finished by "
                 "starting it again.",
                 code="no-manifest",
-                where=str(path),
+                where=str(store),
             ) from error
-        if version != VERSION:
+        except OSError as error:
+            raise storage_error(error, str(store)) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(
+                f"The manifest is damaged: {error}.",
+                hint="'pipeline repair' takes damaged files out and makes them anew.",
+                code="damaged-manifest",
+                where=f"{store}/{MANIFEST}",
+            ) from error
+        if manifest["format_version"] != VERSION:
             raise UsageError(
-                f"This output has format version {version}; this release reads {VERSION}.",
+                f"This output has format version {manifest['format_version']}; this release reads "
+                f"{VERSION}.",
                 hint="Open it with the release that wrote it.",
                 code="format-version",
-                where=str(path),
+                where=str(store),
             )
-        return cls(path, manifest)
+        return cls(store, manifest)
 
     @classmethod
-    def exists(cls, path: Path) -> bool:
-        """Whether ``path`` was finished."""
-        return (path / MANIFEST).is_file()
+    def exists(cls, store: Store) -> bool:
+        """Whether the artifact was finished."""
+        return store.info(MANIFEST) is not None
 
     @classmethod
-    def finish(cls, path: Path, manifest: Mapping[str, Any], scratch: Path) -> Artifact:
-        """Write the manifest, by way of the folder ``scratch``: now the artifact is there."""
-        full = {"format_version": VERSION, **manifest}
-        write_atomic(path / MANIFEST, dumps(full), scratch)
-        return cls(path, json.loads(dumps(full)))
+    def finish(cls, store: Store, manifest: Mapping[str, Any]) -> Artifact:
+        """Write the manifest: now the artifact is there."""
+        data = seal({"format_version": VERSION, **manifest})
+        store.replace(MANIFEST, data)
+        return cls(store, unseal(data))
+
+    @property
+    def name(self) -> str:
+        """The last part of its path or URL."""
+        return self.store.url.rstrip("/").rpartition("/")[2]
 
     @property
     def identity(self) -> str:
@@ -88,33 +104,61 @@ class Artifact:
         groups = [self.manifest.get("files", ()), *(shard["files"] for shard in self.shards)]
         return {entry["path"]: FileEntry(**entry) for group in groups for entry in group}
 
+    @property
+    def products(self) -> Mapping[str, str]:
+        """Of a run: the folder of each product by its role."""
+        return dict(self.manifest.get("products", {}))
+
     def product(self, role: str) -> Artifact:
         """The artifact that a published run names ``role``, once its manifest was checked.
 
         Raises:
             RunError: that manifest is missing or damaged.
         """
-        return Artifact.open(self.file(f"{self.manifest['products'][role]}/{MANIFEST}").parent)
+        folder = self.products[role]
+        with self.checked([f"{folder}/{MANIFEST}"]):
+            return Artifact.open(self.store.below(folder))
 
-    def file(self, name: str) -> Path:
-        """The path of a file that the manifest lists, once its digest was checked.
+    @contextmanager
+    def checked(self, names: Sequence[str]) -> Iterator[Path]:
+        """A local folder with listed files whose digests were checked just now.
+
+        Raises:
+            RunError: a file is not listed, missing, or has other bytes.
+        """
+        for name in names:
+            entry = self.files.get(name)
+            if entry is None or not entry.present(self.store):
+                raise self._damaged(name)
+        with self.store.fetched(names) as folder:
+            for name in names:
+                if not self.files[name].intact(LocalStore(folder)):
+                    raise self._damaged(name)
+            yield folder
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a listed file, checked.
 
         Raises:
             RunError: it is not listed, missing, or has other bytes.
         """
-        entry = self.files.get(name)
-        if entry and entry.intact(self.path):
-            return self.path / name
-        raise RunError(
+        with self.checked([name]) as folder:
+            return (folder / name).read_bytes()
+
+    def _damaged(self, name: str) -> RunError:
+        return RunError(
             f"The file '{name}' of this artifact is missing or damaged.",
-            hint="Delete the artifact's folder and run again to make it anew.",
+            hint="'pipeline repair' on the run's folder takes it out and makes it anew.",
             code="damaged-artifact",
-            where=str(self.path),
+            where=str(self.store),
         )
 
 
 class ArtifactSource(Source):
     """The shards of an artifact made by a map step; those that came out empty are left out.
+
+    An artifact that takes up an earlier one's quarantine names it as its ``base``: the base's
+    shards come first.
 
     Args:
         artifact: a finished artifact of kind ``table``.
@@ -124,15 +168,36 @@ class ArtifactSource(Source):
         self.artifact = artifact
 
     @cached_property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """The artifacts that the shards lie in: the first base, what was added, and so on."""
+        found = [self.artifact]
+        while base := found[0].manifest.get("base"):
+            if base in {part.name for part in found}:
+                raise RunError(
+                    "The manifest names itself as what it adds to.",
+                    hint="Make this output anew; it was not written by a run.",
+                    code="damaged-manifest",
+                    where=str(self.artifact.store),
+                )
+            found.insert(0, Artifact.open(self.artifact.store.beside(base)))
+        return tuple(found)
+
+    @cached_property
     def shards(self) -> tuple[Shard, ...]:
         return tuple(
             Shard(
                 name=record["name"],
-                identity=f"{self.artifact.identity}/{record['name']}",
+                identity=f"{artifact.identity}/{record['name']}",
                 rows=record["rows"],
-                location={"files": record["files"], "offset": record["offset"]},
+                bytes=record["bytes"],
+                location={
+                    "artifact": index,
+                    "files": _data_files(record),
+                    "offset": record["offset"],
+                },
             )
-            for record in self.artifact.shards
+            for index, artifact in enumerate(self.artifacts)
+            for record in artifact.shards
             if record["rows"]
         )
 
@@ -144,21 +209,39 @@ class ArtifactSource(Source):
     def identity(self) -> str:
         return self.artifact.identity
 
-    @cached_property
-    def _format(self) -> Format:
-        spec = dict(self.artifact.manifest["writer"])
-        return formats.get(spec.pop("name"))(**spec)
-
     def read(self, shard: Shard) -> pa.Table:
-        for entry in shard.location["files"]:
-            self.artifact.file(entry["path"])
-        return self._format.read(
-            self.artifact.path, shard.name, shard.location["offset"], shard.rows or 0
-        )
+        place = shard.location
+        artifact = self.artifacts[place["artifact"]]
+        spec = dict(artifact.manifest["writer"])
+        fmt: Format = formats.get(spec.pop("name"))(**spec)
+        with artifact.checked(place["files"]) as folder:
+            return fmt.read(folder, shard.name, place["offset"], shard.rows or 0)
 
     def bytes(self) -> int:
         """Size of the files, in bytes."""
-        return sum(entry.bytes for entry in self.artifact.files.values())
+        return sum(e.bytes for artifact in self.artifacts for e in artifact.files.values())
+
+
+def _check_names(manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError where a manifest, which anybody may have written, names a place outside."""
+    groups = [manifest.get("files", ()), *(shard["files"] for shard in manifest.get("shards", ()))]
+    folders = [*manifest.get("products", {}).values(), *manifest.get("steps", ())]
+    folders += [manifest["base"]] if "base" in manifest else []
+    for name in [entry["path"] for group in groups for entry in group] + folders:
+        if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
+            raise ValueError(f"'{name}' is no name of a file in it")
+    if any("/" in folder or folder == "." for folder in folders):
+        raise ValueError("it names a folder that is not beside it")
+
+
+def quarantine_file(unit: str) -> str:
+    """Where a shard's samples in quarantine lie in its artifact."""
+    return f"quarantine/{unit}.parquet"
+
+
+def _data_files(record: Mapping[str, Any]) -> list[str]:
+    paths = [entry["path"] for entry in record["files"]]
+    return [path for path in paths if path != quarantine_file(record["name"])]
 
 
 def writer_spec(writer: Format) -> dict[str, Any]:

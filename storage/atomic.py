@@ -1,19 +1,21 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and records that show when they are damaged."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.digest import dumps
 from pipeline.errors import RunError, UsageError
+from pipeline.storage.store import LocalStore, Store
+
+SEAL = "sha256"
 
 
 @dataclass(frozen=True)
@@ -25,97 +27,87 @@ class FileEntry:
     sha256: str
 
     @classmethod
-    def of(cls, root: Path, path: Path) -> FileEntry:
-        """Measure ``path``, which lies below ``root``."""
-        with path.open("rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(path.relative_to(root).as_posix(), path.stat().st_size, checksum)
+    def of(cls, store: Store, name: str) -> FileEntry:
+        """Measure a file, reading it through."""
+        with store.open(name) as file:
+            checksum, size = hashlib.sha256(), 0
+            while block := file.read(2**20):
+                checksum.update(block)
+                size += len(block)
+        return cls(name, size, checksum.hexdigest())
 
-    def present(self, root: Path) -> bool:
+    def present(self, store: Store) -> bool:
         """Whether the file is there with its size (its bytes are not read)."""
-        path = root / self.path
-        return path.is_file() and path.stat().st_size == self.bytes
+        found = store.info(self.path)
+        return found is not None and found.bytes == self.bytes
 
-    def intact(self, root: Path) -> bool:
+    def intact(self, store: Store) -> bool:
         """Whether the file is there with its size and, read through, its digest."""
-        return self.present(root) and FileEntry.of(root, root / self.path) == self
+        return self.present(store) and FileEntry.of(store, self.path) == self
 
 
-def write_atomic(path: Path, data: bytes, scratch: Path | None = None) -> None:
-    """Write ``data`` and put it in place of whatever ``path`` was, durably and in one step.
+def publish(attempt: Path, destination: Store) -> list[FileEntry]:
+    """Give every file below the local folder ``attempt`` its name in ``destination``.
 
-    Args:
-        path: the file.
-        data: its bytes.
-        scratch: folder on the same file system for the unfinished file, which stays there if the
-            process dies; beside ``path`` where not given.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if scratch:
-        scratch.mkdir(parents=True, exist_ok=True)
-    temporary = (scratch or path.parent) / f".{path.name}.{uuid.uuid4().hex}"
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def publish(attempt: Path, destination: Path) -> list[FileEntry]:
-    """Give every file below ``attempt`` its final name below ``destination``, never replacing.
-
-    A name that is taken by the same bytes is left as it is, so two attempts at one shard agree.
+    Nothing is ever replaced. A name that is taken by the same bytes is left as it is: so two
+    attempts at one shard, on one machine or two, need no lock to agree.
 
     Raises:
         RunError: a name is taken by other bytes.
     """
-    destination.mkdir(parents=True, exist_ok=True)
-    files = sorted(path for path in attempt.rglob("*") if path.is_file())
-    entries = [FileEntry.of(attempt, path) for path in files]
-    for path in files:
-        _sync(path)
-    folders = {destination}
+    local = LocalStore(attempt)
+    entries = [FileEntry.of(local, info.name) for info in local.files()]
     for entry in entries:
-        final = destination / entry.path
-        final.parent.mkdir(parents=True, exist_ok=True)
-        folders.add(final.parent)
         try:
-            os.link(attempt / entry.path, final)
+            destination.create(entry.path, attempt / entry.path)
         except FileExistsError:
-            if FileEntry.of(destination, final) != entry:
+            if not entry.intact(destination):
                 raise RunError(
                     "A file of this shard is there already with other bytes than the ones just "
                     "computed.",
-                    hint="It was written by another version or on other hardware: delete it, or "
-                    "choose another --out, and run again.",
+                    hint="It was written by another version or on other hardware, or is damaged: "
+                    "'pipeline repair' takes damaged files out; or choose another --out.",
                     code="commit-conflict",
-                    where=str(final),
+                    where=f"{destination}/{entry.path}",
                 ) from None
-    for folder in folders:
-        _sync(folder)
     return entries
 
 
-@contextmanager
-def attempt_folder(parent: Path) -> Iterator[Path]:
-    """An empty folder that is removed at the end, whatever happens."""
-    path = parent / uuid.uuid4().hex
-    path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+def seal(record: Mapping[str, Any]) -> bytes:
+    """``record`` as JSON bytes with its own SHA-256 in the field ``sha256``."""
+    return dumps({**record, SEAL: hashlib.sha256(dumps(record)).hexdigest()})
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """The record that :func:`seal` wrote.
+
+    Raises:
+        ValueError: the bytes are not those that were written.
+    """
+    record = json.loads(data)
+    if not isinstance(record, dict) or SEAL not in record:
+        raise ValueError("it is not a record of this pipeline")
+    record.pop(SEAL)
+    if seal(record) != data:
+        raise ValueError("its bytes do not match its digest")
+    return record
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; the kernel lets go of it when the process dies.
+def exclusive(store: Store) -> Iterator[None]:
+    """Hold a local folder for this process; the kernel lets go of it when the process dies.
+
+    An object store has no lock that dies with its holder. There nothing is held, and two runs at
+    once do the same work twice and publish the same bytes once.
 
     Raises:
         UsageError: the folder cannot be made or written.
         RunError: another process holds it.
     """
+    if not isinstance(store, LocalStore):
+        yield
+        return
+    folder = store.root
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock: Any = (folder / "lock").open("a+")
@@ -137,11 +129,3 @@ def exclusive(folder: Path) -> Iterator[None]:
                 where=str(folder.parent),
             ) from None
         yield
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -46,6 +46,7 @@ class Format(Protocol):
 formats: Registry[type[Format]] = Registry(
     "format",
     {
+        "folder": "pipeline.storage.folder:FolderFormat",
         "parquet": "pipeline.storage.parquet:ParquetFormat",
         "webdataset": "pipeline.storage.webdataset:WebDatasetFormat",
         "zarr": "pipeline.storage.zarr:ZarrFormat",

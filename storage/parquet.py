@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,101 +17,158 @@ import pyarrow.parquet as pq
 
 from pipeline.digest import digest
 from pipeline.errors import UsageError
+from pipeline.storage.classes import agreed, numbered
 from pipeline.storage.formats import Region
-from pipeline.storage.listing import file_identity, shard_names
-from pipeline.storage.source import Shard, Source
+from pipeline.storage.source import Shard, Source, shard_names
+from pipeline.storage.store import FileInfo, Store
+
+CONNECTIONS = 16
+"""Files whose row groups are listed at once: on a network each takes a few round trips."""
+IMAGE = ("image", "img", "jpg", "png", "webp")
+LABEL = ("label", "labels", "fine_label", "cls")
+KEY = ("key", "__key__", "file_name")
+"""Names that columns go by in published data sets; the first that is there counts."""
 
 
 @dataclass(frozen=True)
 class ParquetSource(Source):
-    """Parquet files with ``image`` (binary, or struct of bytes and path) and ``label`` (int).
+    """Parquet files with images (binary, or struct of bytes and path) and integer labels.
 
-    One row group is one shard. The key is the column ``key`` or ``file_name``, the image's path,
-    or ``<file>-<row>`` where there is neither. Class names come from the Hugging Face metadata.
+    One row group is one shard. The key is the column ``key``, ``__key__`` or ``file_name``, the
+    image's path, or ``<file>-<row>`` where there is none or several images of the row group have
+    one path. Class names come from the Hugging Face metadata; there a negative label is a missing
+    one. Images without a label column are a data set without classes.
     """
 
-    paths: tuple[Path, ...]
+    store: Store
+    files: tuple[FileInfo, ...]
     class_names: tuple[str, ...] = ()
 
     @cached_property
+    def _label(self) -> str | None:
+        with _opened(self.store, self.files[0].name) as file:
+            return _column(file.schema_arrow, LABEL)
+
+    @cached_property
     def classes(self) -> tuple[str, ...]:
-        if self.class_names:
-            return self.class_names
-        with _readable(self.paths[0]):
-            metadata: Mapping[bytes, bytes] = pq.read_schema(self.paths[0]).metadata or {}
-        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features")
-        label: Any = (features or {}).get("label", {})
-        if names := label.get("names"):
-            return tuple(names)
-        return tuple(str(index) for index in range(max(map(_top_label, self.paths)) + 1))
+        if self._label is None:
+            return ()
+        with _opened(self.store, self.files[0].name) as file:
+            own = _label_names(file.schema_arrow.metadata or {}, self._label)
+        if names := agreed(own, self.class_names, str(self.store)):
+            return names
+        return numbered(max(map(self._top_label, self.files)), str(self.store))
+
+    def _top_label(self, info: FileInfo) -> int:
+        with _opened(self.store, info.name) as file:
+            if self._label not in file.schema_arrow.names:
+                raise self._bad_columns(info.name, f"no column {self._label}")
+            labels = file.read(columns=[self._label])[self._label]
+        top = pc.max(self._checked(labels, info.name, "labels", pa.types.is_integer)).as_py()
+        return -1 if top is None else int(top)
+
+    def _checked(
+        self, column: pa.ChunkedArray, name: str, what: str, *kinds: Callable[[pa.DataType], bool]
+    ) -> pa.ChunkedArray:
+        if not any(kind(column.type) for kind in kinds):
+            raise self._bad_columns(name, f"{what} of type {column.type}")
+        return column
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            footers = list(pool.map(self._footer, self.files))
         shards = []
-        for name, path in zip(shard_names(self.paths), self.paths, strict=True):
-            with _readable(path):
-                metadata = pq.read_metadata(path)
+        for name, info, metadata in zip(shard_names(self.files), self.files, footers, strict=True):
             first = 0
             for group in range(metadata.num_row_groups):
                 rows = metadata.row_group(group).num_rows
-                location = {"path": str(path), "name": name, "group": group, "first": first}
-                identity = digest(file_identity(path), group, "parquet")
-                shards.append(Shard(f"{name}-{group:05d}", identity, rows, location))
+                place = {"file": info.name, "name": name, "group": group, "first": first}
+                identity = digest(info.mark, group, "parquet")
+                size = metadata.row_group(group).total_byte_size
+                shards.append(Shard(f"{name}-{group:05d}", identity, rows, place, size))
                 first += rows
         return tuple(shards)
 
+    def _footer(self, info: FileInfo) -> pq.FileMetaData:
+        with _opened(self.store, info.name) as file:
+            return file.metadata
+
     def read(self, shard: Shard) -> pa.Table:
-        path = Path(shard.location["path"])
-        with _readable(path):
-            table = pq.ParquetFile(path).read_row_group(shard.location["group"])
-        if missing := {"image", "label"} - set(table.column_names):
-            raise _bad_columns(path, f"no column {' or '.join(sorted(missing))}")
-        image, names = table["image"].combine_chunks(), None
-        if pa.types.is_struct(image.type):
-            image, names = image.field("bytes"), image.field("path")
-        keys = next((table[c] for c in ("key", "file_name") if c in table.column_names), names)
+        name = shard.location["file"]
+        with _opened(self.store, name) as file:
+            image, label = (_column(file.schema_arrow, n) for n in (IMAGE, LABEL))
+            key = _column(file.schema_arrow, KEY)
+            if image is None or label != self._label:
+                missing = "image" if image is None else self._label
+                raise self._bad_columns(
+                    name,
+                    f"no column {missing}" if missing else "labels where the first file has none",
+                )
+            columns = [column for column in (image, label, key) if column]
+            table = file.read_row_group(shard.location["group"], columns=columns)
+            table.validate(full=True)  # Parquet does not, and text may be none
+        images, keys = table[image], table[key] if key else None
+        if pa.types.is_struct(images.type):
+            fields = [field.name for field in images.type]
+            if keys is None and "path" in fields:
+                paths = pc.struct_field(images, "path").cast(pa.string())
+                valid = len(paths) - paths.null_count
+                keys = paths if pc.count_distinct(paths).as_py() == valid else None
+            if "bytes" in fields:
+                images = pc.struct_field(images, "bytes")
+        self._checked(images, name, "images", pa.types.is_binary, pa.types.is_large_binary)
         if keys is None or keys.null_count:
-            name, first = shard.location["name"], shard.location["first"]
-            keys = pa.array([f"{name}-{first + row:08d}" for row in range(len(table))])
-        return pa.table(
-            {
-                "key": keys.cast(pa.string()),
-                "image": image.cast(pa.binary()),
-                "label": table["label"].cast(pa.int64()),
-            }
+            first, rows = shard.location["first"], range(len(table))
+            numbers = pa.array([f"{shard.location['name']}-{first + row:08d}" for row in rows])
+            keys = numbers if keys is None else pc.coalesce(keys.cast(pa.string()), numbers)
+        found = {"key": keys.cast(pa.string()), "image": images.cast(pa.binary())}
+        if label:
+            labels = self._checked(table[label], name, "labels", pa.types.is_integer)
+            found["label"] = _without_negative(labels)
+        return pa.table(found)
+
+    def _bad_columns(self, name: str, found: str) -> UsageError:
+        return UsageError(
+            f"The Parquet file has {found}.",
+            hint="It needs 'image' (binary, or a struct of bytes and path) and 'label' (integers).",
+            code="bad-columns",
+            where=f"{self.store}/{name}",
         )
 
 
-def _top_label(path: Path) -> int:
-    with _readable(path):
-        file = pq.ParquetFile(path)
-        if "label" not in file.schema_arrow.names:
-            raise _bad_columns(path, "no column label")
-        labels = file.read(columns=["label"])["label"]
-    if not pa.types.is_integer(labels.type):
-        raise _bad_columns(path, f"labels of type {labels.type}")
-    return int(pc.max(labels).as_py() or 0)
+def _label_names(metadata: Mapping[bytes, bytes], label: str) -> tuple[str, ...]:
+    """Names of a ``ClassLabel`` in what Hugging Face writes beside the schema."""
+    try:
+        feature = json.loads(metadata[b"huggingface"])["info"]["features"][label]
+        return tuple(map(str, feature["names"]))
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return ()
 
 
-def _bad_columns(path: Path, found: str) -> UsageError:
-    return UsageError(
-        f"The Parquet file has {found}.",
-        hint="It needs 'image' (binary, or a struct of bytes and path) and 'label' (integers).",
-        code="bad-columns",
-        where=str(path),
-    )
+def _without_negative(labels: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_unsigned_integer(labels.type):
+        return labels.cast(pa.int64(), safe=False)
+    labels = labels.cast(pa.int64())
+    return pc.if_else(pc.less(labels, 0), pa.scalar(None, pa.int64()), labels)
+
+
+def _column(schema: pa.Schema, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in schema.names), None)
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _opened(store: Store, name: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file whose pages are checked where they carry checksums."""
     try:
-        yield
-    except (pa.ArrowException, OSError) as error:
+        with store.open(name) as file:
+            yield pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UsageError(
             f"The Parquet file cannot be read: {error}.",
             hint="Fetch or write it anew.",
             code="damaged-parquet",
-            where=str(path),
+            where=f"{store}/{name}",
         ) from error
 
 
@@ -122,10 +180,17 @@ class ParquetFormat:
     regular: ClassVar[bool] = False
 
     def write(self, table: pa.Table, directory: Path, region: Region) -> None:
-        path = directory / f"{region.name}.parquet"
-        pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+        write_table(table, directory / f"{region.name}.parquet")
 
     def read(self, directory: Path, name: str, offset: int, rows: int) -> pa.Table:
-        return pq.read_table(
-            directory / f"{name}.parquet", page_checksum_verification=True, partitioning=None
-        )
+        return read_table(directory / f"{name}.parquet")
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write one Parquet file; the same table gives the same bytes."""
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read one Parquet file and check its pages."""
+    return pq.read_table(path, page_checksum_verification=True, partitioning=None)

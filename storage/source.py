@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.digest import digest
+from pipeline.storage.store import FileInfo
+
+ROW = pa.schema({"key": pa.string(), "image": pa.binary(), "label": pa.int64()})
+"""Columns of encoded images with labels."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +28,14 @@ class Shard:
         identity: digest that changes whenever what the shard holds changes.
         rows: number of samples, where it is known without reading.
         location: what the source needs to find the shard again; plain JSON.
+        bytes: size of what it is read from, where that is known.
     """
 
     name: str
     identity: str
     rows: int | None = None
     location: dict[str, Any] = field(default_factory=dict)
+    bytes: int | None = None
 
 
 class Source(ABC):
@@ -35,8 +43,10 @@ class Source(ABC):
 
     ``read`` gives a table with at least ``key`` (string, unique in the data set), and where the
     source has them ``image`` (encoded bytes as they were found, or a fixed-shape uint8 tensor
-    H x W x C) and ``label`` (int64 index into ``classes``). The list of shards depends on the
-    input alone, never on who reads it.
+    H x W x C) and ``label`` (int64 index into ``classes``). A sample that lacks its image or label
+    is given all the same, with null in its place: a step puts it into quarantine. So it does with
+    one that has a text in the column ``error``, which says why it could not be read. The list of
+    shards depends on the input alone, never on who reads it.
     """
 
     @property
@@ -52,6 +62,11 @@ class Source(ABC):
     @abstractmethod
     def read(self, shard: Shard) -> pa.Table:
         """The samples of one shard."""
+
+    def take(self, shard: Shard, keys: Sequence[str]) -> pa.Table:
+        """The samples of one shard with the given keys."""
+        table = self.read(shard)
+        return table.filter(pc.is_in(table["key"], pa.array(keys, pa.string())))
 
     @cached_property
     def identity(self) -> str:
@@ -85,3 +100,11 @@ class TableSource(Source):
 
     def read(self, shard: Shard) -> pa.Table:
         return dict(self.parts)[shard.name]
+
+
+def shard_names(files: Sequence[FileInfo]) -> list[str]:
+    """A shard name for each file: its stem, after its number where two have the same stem."""
+    stems = [PurePosixPath(file.name).name.partition(".")[0] for file in files]
+    if len(set(stems)) == len(stems):
+        return stems
+    return [f"{number:05d}-{stem}" for number, stem in enumerate(stems)]

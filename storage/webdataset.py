@@ -5,100 +5,64 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import pyarrow as pa
 
 from pipeline.digest import digest
 from pipeline.errors import RunError
+from pipeline.storage.classes import numbered
 from pipeline.storage.formats import Region
-from pipeline.storage.images import EXTENSIONS, encode_png
-from pipeline.storage.listing import file_identity, shard_names
-from pipeline.storage.source import Shard, Source
-from pipeline.tensors import is_tensor, to_numpy
+from pipeline.storage.image_column import encoded, extension_of
+from pipeline.storage.images import EXTENSIONS
+from pipeline.storage.source import ROW, Shard, Source, shard_names
+from pipeline.storage.store import FileInfo, Store, storage_error
+from pipeline.storage.tar import TarError, open_tar, read_members
 
-MAX_MEMBER_BYTES = 256 * 2**20
-STARTS = {
-    b"\x89PNG": "png",
-    b"\xff\xd8": "jpg",
-    b"GIF8": "gif",
-    b"BM": "bmp",
-    b"II*\0": "tif",
-    b"MM\0*": "tif",
-    b"P5": "pgm",
-    b"P6": "ppm",
-}
+Sample = dict[str, bytes | None]
 
 
-def read_samples(path: Path) -> Iterator[dict[str, bytes | str]]:
-    """The samples of a tar file as ``{"__key__": ..., extension: bytes, ...}``.
+def read_samples(file: BinaryIO, name: str) -> list[tuple[str, Sample]]:
+    """The samples of a tar file: key, and bytes by extension, in the order of first members.
 
-    Members are read to memory and never extracted; whatever is not a regular file is left out.
+    Members of one sample may lie apart. A member that is there twice begins another sample of the
+    same key. What is not a regular file has no bytes. A member whose name has no extension or
+    begins with a dot belongs to no sample: README, ``._1.png``.
 
     Raises:
-        RunError: the tar is damaged, a member is too large or a sample's members lie apart.
+        TarError: the archive is damaged.
     """
-    sample: dict[str, bytes | str] = {}
-    seen: set[str] = set()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isreg():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if member.size > MAX_MEMBER_BYTES:
-                    raise _damaged(path, f"member '{member.name[:80]}' has {member.size} bytes")
-                if key != sample.get("__key__"):
-                    if sample:
-                        yield sample
-                    if key in seen:
-                        raise _damaged(path, f"the members of sample '{key[:80]}' lie apart")
-                    seen.add(key)
-                    sample = {"__key__": key}
-                file = tar.extractfile(member)
-                data = file.read() if file else b""
-                if len(data) != member.size:
-                    raise _damaged(path, f"member '{member.name[:80]}' is cut short")
-                sample[extension.lower()] = data
-            end = tar.offset
-        _check_end(path, end)
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
-    if sample:
-        yield sample
-
-
-def _check_end(path: Path, offset: int) -> None:
-    # tarfile takes a damaged or missing header for the end of the archive.
-    with path.open("rb") as file:
-        file.seek(offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise _damaged(path, f"it breaks off at byte {offset}")
-
-
-def _damaged(path: Path, what: str) -> RunError:
-    return RunError(
-        f"The tar file cannot be read: {what}.",
-        hint="Fetch or write this shard anew.",
-        code="damaged-tar",
-        where=str(path),
-    )
+    samples: dict[str, Sample] = {}
+    again: list[tuple[str, Sample]] = []
+    for member in read_members(open_tar(file, name)):
+        stem, dot, extension = member.name.rpartition("/")[2].partition(".")
+        if not stem or not dot:
+            continue
+        key = member.name[: len(member.name) - len(extension) - 1]
+        sample = samples.setdefault(key, {})
+        if extension.lower() in sample:
+            again.append((key, {extension.lower(): member.data}))
+        else:
+            sample[extension.lower()] = member.data
+    return [*samples.items(), *again]
 
 
 @dataclass(frozen=True)
 class WebDatasetSource(Source):
-    """Tar shards by path.
+    """Tar shards, optionally gzipped.
 
-    The label comes from the member ``cls`` (a decimal number) or from ``label`` in ``json``.
+    The label comes from the member ``cls`` (a decimal number) or from ``label`` in ``json``. A
+    sample without an image keeps what it has in its place, so that nothing is lost.
     """
 
-    paths: tuple[Path, ...]
+    store: Store
+    files: tuple[FileInfo, ...]
     class_names: tuple[str, ...] = ()
 
     @cached_property
@@ -106,72 +70,151 @@ class WebDatasetSource(Source):
         """Names by label; where none were given the numbers up to the highest label there is."""
         if self.class_names:
             return self.class_names
-        top = max(
-            (_label(sample, path) for path in self.paths for sample in read_samples(path)),
-            default=-1,
-        )
-        return tuple(str(label) for label in range(top + 1))
+        return numbered(max(map(self._top_label, self.shards), default=-1), str(self.store))
+
+    def _top_label(self, shard: Shard) -> int:
+        labels = (label_of(sample) for _, sample in self._samples(shard))
+        return max((label for label in labels if label is not None), default=-1)
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
         return tuple(
-            Shard(name, digest(file_identity(path), "webdataset"), None, {"path": str(path)})
-            for name, path in zip(shard_names(self.paths), self.paths, strict=True)
+            Shard(name, digest(info.mark, "webdataset"), None, {"file": info.name}, info.bytes)
+            for name, info in zip(shard_names(self.files), self.files, strict=True)
         )
 
     def read(self, shard: Shard) -> pa.Table:
-        path = Path(shard.location["path"])
-        rows = [_row(sample, path) for sample in read_samples(path)]
-        return pa.Table.from_pylist(rows, schema=ROW)
+        samples = self._samples(shard)
+        columns: dict[str, list[Any]] = {
+            "key": [key for key, _ in samples],
+            "image": [_image_of(sample) for _, sample in samples],
+        }
+        if not self.classes:
+            return pa.table(columns, pa.schema([ROW.field("key"), ROW.field("image")]))
+        columns["label"] = [label_of(sample) for _, sample in samples]
+        return pa.table(columns, ROW)
+
+    def _samples(self, shard: Shard) -> list[tuple[str, Sample]]:
+        name = shard.location["file"]
+        with _whole(f"{self.store}/{name}"), self.store.open(name) as file:
+            return read_samples(file, name)
 
 
-ROW = pa.schema({"key": pa.string(), "image": pa.binary(), "label": pa.int64()})
-
-
-def _row(sample: dict[str, Any], path: Path) -> dict[str, Any]:
-    image = next((sample[name] for name in sorted(sample) if name in EXTENSIONS), None)
-    return {"key": sample["__key__"], "image": image, "label": _label(sample, path)}
-
-
-def _label(sample: dict[str, Any], path: Path) -> int:
+def label_of(sample: Sample) -> int | None:
+    """The label that a sample states, or ``None`` where that is no whole number of 64 bits."""
     try:
-        return int(sample["cls"] if "cls" in sample else json.loads(sample["json"])["label"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise _damaged(path, f"sample '{sample['__key__']}' has no label") from error
+        if "cls" in sample:
+            label = int(sample["cls"] or b"")
+        else:
+            stated = json.loads(sample["json"] or b"")["label"]
+            label = int(stated)
+            if isinstance(stated, bool) or (isinstance(stated, float) and stated != label):
+                return None
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
+        return None
+    return label if abs(label) < 2**63 else None
+
+
+def _image_of(sample: Sample) -> bytes | None:
+    others = [name for name in sample if name not in {"cls", "json"}]
+    images = [name for name in others if name.rpartition(".")[2] in EXTENSIONS]
+    # 'png' is the image rather than 'depth.jpg'.
+    chosen = sorted(images or others, key=lambda name: (name.count("."), name))
+    return sample[chosen[0]] if chosen else None
+
+
+@contextmanager
+def _whole(where: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, where) from error
+    except TarError as error:
+        raise RunError(
+            f"The tar file cannot be read: {error}.",
+            hint="Fetch or write this shard anew.",
+            code="damaged-tar",
+            where=where,
+        ) from error
 
 
 @dataclass(frozen=True)
 class WebDatasetFormat:
-    """One tar a shard: the image as PNG, the other columns as JSON.
+    """One or more tars a shard: the image, the label as ``cls``, and every column as JSON.
 
-    Time, owner and mode of every member are fixed. A dot in a key is written as ``%2E`` (and a
-    percent sign as ``%25``), since readers take the key up to the first dot; the JSON member holds
-    the key as it is.
+    Time, owner and mode of every member are fixed. A member's name is the key without an image's
+    extension; other dots are written as ``%2E`` (and a percent sign as ``%25``), since readers take
+    the key up to the first dot. The JSON member holds the key as it is.
+
+    Args:
+        max_bytes: a tar that would hold more image bytes is followed by another; 0 for no limit.
     """
+
+    max_bytes: int = 0
 
     name: ClassVar[str] = "webdataset"
     regular: ClassVar[bool] = False
 
     def write(self, table: pa.Table, directory: Path, region: Region) -> None:
-        images = table["image"]
-        pixels = to_numpy(images) if is_tensor(images.type) else None
         others = table.drop_columns(["image"]).to_pylist()
-        with tarfile.open(directory / f"{region.name}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-            for row, other in enumerate(others):
-                stem = other["key"].replace("%", "%25").replace(".", "%2E")
-                data = images[row].as_py() if pixels is None else encode_png(pixels[row])
-                _add(tar, f"{stem}.{_extension(data)}", data)
-                _add(tar, f"{stem}.json", json.dumps(other, sort_keys=True).encode())
+        stems = _stems([other["key"] for other in others])
+        size, part, tar = 0, 0, _create(directory / f"{region.name}.tar")
+        for stem, other, data in zip(stems, others, encoded(table["image"]), strict=True):
+            if size and 0 < self.max_bytes < size + len(data):
+                tar.close()
+                size, part = 0, part + 1
+                tar = _create(directory / f"{region.name}-{part:03d}.tar")
+            size += len(data)
+            _add(tar, f"{stem}.{extension_of(data)}", data)
+            if isinstance(other.get("label"), int):
+                _add(tar, f"{stem}.cls", str(other["label"]).encode())
+            _add(tar, f"{stem}.json", json.dumps(other, sort_keys=True).encode())
+        tar.close()
 
     def read(self, directory: Path, name: str, offset: int, rows: int) -> pa.Table:
-        path = directory / f"{name}.tar"
-        records = []
-        for sample in read_samples(path):
-            image = next(data for part, data in sample.items() if part not in {"__key__", "json"})
-            records.append({**json.loads(sample["json"]), "image": image})
+        records: list[dict[str, Any]] = []
+        part = 0
+        while len(records) < rows:
+            path = directory / (f"{name}-{part:03d}.tar" if part else f"{name}.tar")
+            if not path.is_file():
+                break
+            with _whole(str(path)), path.open("rb") as file:
+                samples = read_samples(file, path.name)
+            records += [{**json.loads(s["json"] or b""), "image": _image_of(s)} for _, s in samples]
+            part += 1
         if len(records) != rows:
-            raise _damaged(path, f"{len(records)} samples where the manifest says {rows}")
+            raise RunError(
+                f"There are {len(records)} samples where the manifest says {rows}.",
+                hint="Fetch or write this shard anew.",
+                code="damaged-tar",
+                where=str(directory / f"{name}.tar"),
+            )
         return pa.Table.from_pylist(records)
+
+
+def _stems(keys: list[str]) -> list[str]:
+    short = [key[: key.rindex(".")] if _is_image(key) else key for key in keys]
+    count = Counter(short)
+    # a.jpg and a.png would become one sample: then both keep their extension.
+    chosen = [s if count[s] == 1 else key for s, key in zip(short, keys, strict=True)]
+    if len(set(chosen)) < len(chosen):
+        chosen = keys
+    return [_escaped(stem) for stem in chosen]
+
+
+def _is_image(key: str) -> bool:
+    stem, dot, extension = key.rpartition(".")
+    return bool(dot and stem) and not stem.endswith("/") and extension.lower() in EXTENSIONS
+
+
+def _escaped(stem: str) -> str:
+    escaped = stem.replace("%", "%25").replace(".", "%2E").replace("\0", "%00")
+    # An absolute name is a trap for those who extract the tar.
+    return "%2F" + escaped[1:] if escaped.startswith("/") else escaped
+
+
+def _create(path: Path) -> tarfile.TarFile:
+    return tarfile.open(path, "w", format=tarfile.PAX_FORMAT)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -179,9 +222,3 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info.size = len(data)
     info.mode = 0o644
     tar.addfile(info, io.BytesIO(data))
-
-
-def _extension(data: bytes) -> str:
-    if data[8:12] == b"WEBP":
-        return "webp"
-    return next((name for start, name in STARTS.items() if data.startswith(start)), "bin")

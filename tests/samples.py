@@ -13,7 +13,9 @@ from PIL import Image
 
 from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.run import Run
+from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.source import TableSource
+from pipeline.storage.store import LocalStore
 from pipeline.tensors import tensor_column
 
 
@@ -53,4 +55,11 @@ def keyed(*sizes: int, classes: int = 2) -> TableSource:
 
 
 def local_run(out: Path, **options: Any) -> Run:
-    return Run(out, LocalExecutor(), **options)
+    return Run(LocalStore(out).writing_in(".run/unfinished"), LocalExecutor(), **options)
+
+
+def folder_of(made: Artifact | ArtifactSource) -> Path:
+    """Where an artifact lies that a :func:`local_run` made."""
+    store = (made.artifact if isinstance(made, ArtifactSource) else made).store
+    assert isinstance(store, LocalStore)
+    return store.root

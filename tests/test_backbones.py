@@ -19,7 +19,8 @@ from pipeline.dataset_distill.config import ImageConfig
 from pipeline.dataset_distill.views import normalise
 from pipeline.device import reproducible
 from pipeline.errors import UsageError
-from pipeline.storage.npz import NpzSource
+from pipeline.storage.npz import open_npz
+from pipeline.storage.store import open_store
 from pipeline.storage.weights import WeightsFile, read_weights
 from pipeline.tensors import to_numpy
 
@@ -190,7 +191,7 @@ def test_published_weights_classify_as_published(
 ) -> None:
     net = build(name, 10, 3).eval()
     load_weights(net, read_weights(real_data / "weights" / file), file)
-    source = NpzSource(real_data / "cifar10.npz", "test")
+    source = open_npz(open_store(real_data), "cifar10.npz", "test")
     table = source.read(source.shards[0]).slice(0, rows)
     x = normalise(to_numpy(table["image"]), ImageConfig(size=32), torch.device("cpu"))
     with torch.inference_mode():

@@ -26,6 +26,24 @@ def options(parser):
     return found
 
 
+RUN_OPTIONS = {
+    "-h/--help": "help",
+    "dataset": "dataset",
+    "--set": "set",
+    "--config": "config",
+    "--print-config": "print_config",
+    "--data": "data",
+    "--json": "json",
+    "--executor": "executor",
+    "--address": "address",
+    "--workers": "workers",
+    "--threads": "threads",
+    "--seed": "seed",
+    "--max-bad": "max_bad",
+}
+OUTPUT = {"-h/--help": "help", "path": "path", "--json": "json"}
+
+
 def test_the_command_line_is_frozen():
     assert options(make_parser()) == {
         "-h/--help": "help",
@@ -33,32 +51,50 @@ def test_the_command_line_is_frozen():
         "run": {
             "-h/--help": "help",
             "distill": {
-                "-h/--help": "help",
-                "dataset": "dataset",
+                **RUN_OPTIONS,
+                "--out": "out",
                 "--ipc": "ipc",
                 "--teacher-weights": "teacher_weights",
                 "--teacher-backbone": "teacher_backbone",
-                "--set": "set",
-                "--config": "config",
-                "--print-config": "print_config",
-                "--data": "data",
-                "--out": "out",
-                "--json": "json",
-                "--executor": "executor",
-                "--address": "address",
-                "--workers": "workers",
-                "--threads": "threads",
-                "--seed": "seed",
-                "--max-bad": "max_bad",
             },
         },
+        "convert": {
+            **RUN_OPTIONS,
+            "out": "out",
+            "--format": "format",
+            "--shard-mb": "shard_mb",
+            "--encode": "encode",
+            "--quality": "quality",
+            "--shorter": "shorter",
+        },
+        "inspect": {**OUTPUT, "--all": "all", "--sheet": "sheet", "--data": "data"},
+        "diff": {"-h/--help": "help", "a": "a", "b": "b", "--data": "data", "--json": "json"},
+        "verify": {**OUTPUT, "--deep": "deep", "--subset": "subset"},
+        "repair": OUTPUT,
+        "retry": {**OUTPUT, "--reason": "reason"},
+        "gc": {**OUTPUT, "--delete": "delete", "--intermediate": "intermediate"},
     }
 
 
 def test_every_registered_recipe_has_a_command():
     from pipeline.recipes import recipes
 
-    assert set(options(make_parser())["run"]) - {"-h/--help"} == set(recipes)
+    known = options(make_parser())
+    assert {*known["run"], *known} >= set(recipes)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", 0), ("25", 25), ("1%", 0.01), ("0.5", 0.5), ("1.0", 1.0)]
+)
+def test_max_bad_is_a_count_or_a_share(text, value):
+    parsed = make_parser().parse_args(["convert", "a", "b", "--max-bad", text]).max_bad
+    assert (parsed, type(parsed)) == (value, type(value))
+
+
+@pytest.mark.parametrize("text", ["101%", "1.5", "-1", "many"])
+def test_a_max_bad_that_is_neither_is_refused(text):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["convert", "a", "b", f"--max-bad={text}"])
 
 
 def test_printed_configuration_reads_back_to_itself(capsys, tmp_path):

@@ -112,7 +112,7 @@ class WrongStage:
         if self.fault == "random":
             return table.append_column("x", pa.array([len(CALLS)] * table.num_rows))
         if self.fault == "bad":
-            context.quarantine("stranger", "bad", "", b"")
+            context.quarantine("stranger", "bad", "")
             return table.slice(1)
         if self.fault == "twice":
             context.filter("none", -1)

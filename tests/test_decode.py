@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 from samples import encoded, pixels
 
 from pipeline.stage import ShardContext
@@ -62,7 +62,8 @@ def test_lossless_pictures_come_back_exactly(kind: str) -> None:
 
 def test_jpeg_is_decoded_in_full_at_its_own_size() -> None:
     data = encoded(IMAGE, "JPEG", quality=90)
-    assert np.array_equal(decode_one(data), pillow(data))
+    # Both are libjpeg-turbo, in versions that may round differently.
+    assert np.abs(decode_one(data).astype(int) - pillow(data)).max() <= 1
     fine = decode_one(encoded(IMAGE, "JPEG", quality=100, subsampling=0))
     assert np.abs(fine.astype(int) - IMAGE).max() <= 4
 
@@ -194,12 +195,14 @@ def test_a_picture_that_claims_too_many_pixels_is_not_decoded(
     found, context = decode([data])
     assert found.shape == (0, SIZE, SIZE, 3)
     assert [row["reason"] for row in context.bad] == ["too-large"]
-    assert context.bad[0]["data"] == data
 
 
-def test_a_picture_of_64_megapixels_is_not_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.stages.decode.MAX_PIXELS", SIZE * SIZE)
-    _, context = decode([encoded(IMAGE), encoded(pixels(1, SIZE + 1)[0])])
+def test_the_cap_on_pixels_is_64_million_or_as_given() -> None:
+    assert Decode(SIZE, 3).max_pixels == 64_000_000
+    context = ShardContext("00000", 0)
+    images = table_of([encoded(IMAGE), encoded(pixels(1, SIZE + 1)[0])])
+    result = Decode(SIZE, 3, max_pixels=SIZE * SIZE)(images, context)
+    assert result["key"].to_pylist() == ["k0"]
     assert [(row["key"], row["reason"]) for row in context.bad] == [("k1", "too-large")]
 
 
@@ -224,7 +227,6 @@ def test_unreadable_pictures_are_set_aside_and_the_others_go_on() -> None:
     expected = [pixels(1, SIZE, seed=row)[0] for row in range(0, 2 * len(BAD), 2)]
     assert np.array_equal(to_numpy(result["image"]), np.array(expected))
     assert [row["reason"] for row in context.bad] == ["decode-error"] * len(BAD)
-    assert [row["data"] for row in context.bad] == [data or b"" for data in BAD.values()]
     assert [row["key"] for row in context.bad] == [f"k{row}" for row in range(1, 2 * len(BAD), 2)]
     assert all(row["detail"] for row in context.bad)
 
@@ -251,17 +253,95 @@ def test_whatever_the_bytes_the_stage_goes_on(kind: str) -> None:
     assert len(found) >= 1
 
 
-@pytest.mark.parametrize("error", [struct.error, EOFError, KeyError, OverflowError, RuntimeError])
+@pytest.mark.parametrize(
+    "error",
+    [struct.error, EOFError, KeyError, OverflowError, RuntimeError, MemoryError, RecursionError],
+)
 def test_whatever_a_decoder_raises_the_stage_goes_on(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: Any) -> None:
-        raise error("damaged")
+        raise error
 
-    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
-    found, context = decode([encoded(IMAGE)])
-    assert len(found) == 0
-    assert [row["reason"] for row in context.bad] == ["decode-error"]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    found, context = decode([encoded(IMAGE), encoded(IMAGE, "JPEG")])
+    assert len(found) == 1  # JPEGs do not come that way
+    assert [(row["key"], row["reason"]) for row in context.bad] == [("k0", "decode-error")]
+    assert context.bad[0]["detail"] == error.__name__
+
+
+def test_a_slow_picture_is_set_aside_and_the_others_go_on() -> None:
+    empty = struct.pack(">I", 0) + b"prVt" + struct.pack(">I", zlib.crc32(b"prVt"))
+    good = encoded(IMAGE)
+    slow = good[:33] + empty * 1_000_000 + good[33:]  # each chunk is read in Python
+    context = ShardContext("00000", 0)
+    result = check_stage(Decode(SIZE, 3, seconds=0.5), table_of([good, slow, good]), context)
+    assert result["key"].to_pylist() == ["k0", "k2"]
+    assert [(row["key"], row["reason"]) for row in context.bad] == [("k1", "too-slow")]
+
+
+def test_a_jpeg_of_thousands_of_scans_is_too_large() -> None:
+    data = encoded(IMAGE, "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    _, context = decode([data[:-2] + data[last:-2] * 5_000 + b"\xff\xd9"])
+    assert [row["reason"] for row in context.bad] == ["too-large"]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("shape", [(40, 40), (41, 77), (90, 33), (64, 300), (501, 400)])
+def test_the_square_in_the_middle_is_scaled_as_pillow_scales_it(
+    kind: str, shape: tuple[int, int]
+) -> None:
+    data = encoded(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8), kind)
+    picture = Image.open(io.BytesIO(data))
+    picture.draft("RGB", (SIZE, SIZE))
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.convert("RGB").crop((left, top, left + side, top + side))
+    expected = np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    assert np.abs(decode_one(data).astype(int) - expected).max() <= 2
+
+
+def test_missing_tensors_are_set_aside() -> None:
+    whole = tensor_column(pixels(3, SIZE))
+    images = pa.ExtensionArray.from_storage(
+        whole.type,
+        pa.array([whole.storage[0].as_py(), None, whole.storage[2].as_py()], whole.storage.type),
+    )
+    context = ShardContext("0", 0)
+    result = Decode(SIZE, 3)(pa.table({"key": ["a", "b", "c"], "image": images}), context)
+    assert np.array_equal(to_numpy(result["image"]), pixels(3, SIZE)[[0, 2]])
+    assert [row["key"] for row in context.bad] == ["b"]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_tensors_of_any_number_of_channels(channels: int) -> None:
+    images = pixels(2, SIZE, channels)
+    table = pa.table({"key": ["a", "b"], "image": tensor_column(images)})
+    colour = to_numpy(Decode(SIZE, 3)(table, ShardContext("0", 0))["image"])
+    expected = images[..., :1].repeat(3, 3) if channels < 3 else images[..., :3]
+    assert np.array_equal(colour, expected)
+    gray = to_numpy(Decode(SIZE, 1)(table, ShardContext("0", 0))["image"])
+    if channels < 3:
+        assert np.array_equal(gray, images[..., :1])
+    else:
+        luma = images[..., :3].astype(float) @ (0.299, 0.587, 0.114)
+        assert np.abs(gray[..., 0] - luma).max() <= 1
+
+
+def test_tensors_that_are_not_pixels_are_set_aside() -> None:
+    table = pa.table({"key": ["a"], "image": tensor_column(np.zeros((1, 8, 8, 3), np.float32))})
+    context = ShardContext("0", 0)
+    assert len(Decode(SIZE, 3)(table, context)) == 0
+    assert "float32" in context.bad[0]["detail"]
+
+
+def test_other_columns_keep_their_places_and_an_empty_shard_its_type() -> None:
+    table = table_of([b"bad", encoded(IMAGE)])
+    result = Decode(SIZE, 1)(table, ShardContext("0", 0))
+    assert result.column_names == table.column_names
+    assert result["label"].to_pylist() == [1]
+    assert Decode(SIZE, 1)(table.slice(0, 0), ShardContext("0", 0)).schema == result.schema
 
 
 def test_real_pictures(real_data: Path) -> None:

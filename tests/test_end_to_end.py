@@ -1,5 +1,6 @@
 """The distillation of the digits: same bytes everywhere, found again, opened in one line."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -12,13 +13,15 @@ import pytest
 import torch
 import zarr
 from conftest import TINY
+from faults import output
 from torch.utils.data import DataLoader
 
 import pipeline
 from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
 from pipeline.dataset_distill.squeeze import Squeeze
-from pipeline.orchestration.training import train
-from pipeline.storage.npz import NpzSource
+from pipeline.orchestration.training import Checkpoint, train
+from pipeline.storage.npz import open_npz
+from pipeline.storage.store import LocalStore
 from pipeline.storage.weights import WeightsFile
 from pipeline.testing.trees import tree_digest
 
@@ -41,6 +44,13 @@ def test_ray_writes_the_bytes_that_local_writes(local, tmp_path, workers):
         workers=workers,
     )
     assert tree_digest(tmp_path) == tree_digest(local[0])
+
+
+def test_workers_write_to_an_object_store_the_bytes_that_a_folder_gets(s3, tmp_path):
+    pipeline.run("convert", "digits", out=tmp_path)
+    pipeline.run("convert", "digits", out=s3.url, executor="ray", workers=2)
+    found = {name: hashlib.sha256(data).hexdigest() for name, data in output(s3).items()}
+    assert found == tree_digest(tmp_path)
 
 
 def test_a_finished_run_is_found_and_left_alone(local, caplog):
@@ -80,7 +90,7 @@ def test_manifest_leads_to_products_that_others_can_read(local):
     for shard in json.loads((images / "manifest.json").read_bytes())["shards"]:
         with tarfile.open(images / shard["files"][0]["path"]) as tar:
             names += tar.getnames()
-    assert len(names) == 2 * 20  # a PNG and a JSON member for each of 20 images
+    assert len(names) == 3 * 20  # a PNG, a label and a JSON member for each of 20 images
     labels = out / manifest["products"]["labels"]
     group = zarr.open_group(labels / "data.zarr", mode="r")
     assert group["logits"].shape == (20, 3, 10)
@@ -142,12 +152,12 @@ def test_a_step_is_not_opened_as_a_run(local):
 
 
 def test_cifar10_teacher_scores_its_published_accuracy(real_data, tmp_path):
-    source = NpzSource(real_data / "cifar10.npz", "test")
+    source = open_npz(LocalStore(real_data), "cifar10.npz", "test")
     weights = WeightsFile(real_data / "weights" / "resnet20-12fca82f.npz")
     config = SqueezeConfig(backbone="resnet20", weights=weights.name)
     task = Squeeze(config, ImageConfig(size=32), 10, weights)
     test = pa.concat_tables(source.tables())
-    result = train(task, {"test": test}, 0, tmp_path / "checkpoint.pt")
+    result = train(task, {"test": test}, 0, Checkpoint(LocalStore(tmp_path), "checkpoint"))
     assert result.metrics == {"accuracy": 91.73, "images": 10000}
 
 

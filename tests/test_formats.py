@@ -16,7 +16,7 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import encoded, image_table, keyed, local_run, pixels
+from samples import encoded, folder_of, image_table, keyed, local_run, pixels
 
 from pipeline.errors import RunError
 from pipeline.stage import ShardContext
@@ -99,9 +99,9 @@ def test_webdataset_holds_encoded_images_as_they_are(kind: str) -> None:
         pa.array([[1], [2]]),
         pa.array([1, None]),
         pa.array(["a", None]),
-        pa.array([b"a", b"\xff"]),
+        pa.array([b"a", None]),
     ],
-    ids=["list", "missing number", "missing text", "bytes"],
+    ids=["list", "missing number", "missing text", "missing bytes"],
 )
 def test_zarr_refuses_what_would_come_back_otherwise(column: pa.Array, tmp_path: Path) -> None:
     table = pa.table({"key": ["a", "b"], "x": column})
@@ -126,7 +126,7 @@ def test_any_key_comes_back(fmt: Format, keys: list[str]) -> None:
 
 def test_tar_members_carry_no_time_owner_or_mode(tmp_path: Path) -> None:
     source = written(tmp_path, WebDatasetFormat(), 3, 2)
-    for path in source.artifact.path.glob("*.tar"):
+    for path in folder_of(source).glob("*.tar"):
         with tarfile.open(path) as tar:
             members = tar.getmembers()
         assert members
@@ -152,20 +152,21 @@ def test_the_webdataset_library_reads_our_tars(tmp_path: Path) -> None:
 
 def test_our_tars_are_a_source(tmp_path: Path) -> None:
     source = written(tmp_path, WebDatasetFormat(), 3, 2)
-    tars = WebDatasetSource(tuple(sorted(source.artifact.path.glob("*.tar"))), ("0", "1"))
+    store = source.artifact.store
+    tars = WebDatasetSource(store, tuple(f for f in store.files() if f.has("tar")), ("0", "1"))
     expected = pa.concat_tables(source.tables()).select(["key", "image", "label"])
     assert_same_rows(pa.concat_tables(tars.tables()), expected)
 
 
 def test_the_zarr_library_reads_all_shards_as_one_array(tmp_path: Path) -> None:
     source = written(tmp_path, ZarrFormat(), 3, 3, 2)
-    group: Any = zarr.open_group(source.artifact.path / "data.zarr", mode="r")
+    group: Any = zarr.open_group(folder_of(source) / "data.zarr", mode="r")
     expected = pa.concat_tables(keyed(3, 3, 2).tables())
     assert group["key"][:].tolist() == expected["key"].to_pylist()
     assert group["label"][:].tolist() == expected["label"].to_pylist()
     images = [pixels(rows, size=4, seed=seed) for seed, rows in enumerate((3, 3, 2))]
     assert np.array_equal(group["image"][:], np.concatenate(images))
-    shards = sorted((source.artifact.path / "data.zarr" / "label" / "c").iterdir())
+    shards = sorted((folder_of(source) / "data.zarr" / "label" / "c").iterdir())
     assert [path.name for path in shards] == ["0", "1", "2"]
 
 
@@ -192,7 +193,7 @@ def test_zarr_needs_shards_of_one_size(sizes: tuple[int, ...], tmp_path: Path) -
 
 
 def data_files(source: ArtifactSource) -> list[Path]:
-    root = source.artifact.path
+    root = folder_of(source)
     return sorted(p for p in root.rglob("*") if p.is_file() and p.name != "manifest.json")
 
 
@@ -219,14 +220,14 @@ def test_a_missing_or_cut_file_is_never_read(fmt: Format, tmp_path: Path) -> Non
 
 def test_a_file_that_is_no_part_of_the_artifact_is_not_read(tmp_path: Path) -> None:
     source = written(tmp_path, ParquetFormat(), 3, 2)
-    root = source.artifact.path
+    root = folder_of(source)
     (root / "00002.parquet").write_bytes((root / "00001.parquet").read_bytes())
     assert read_all(source).num_rows == 5
 
 
-def read_unchecked(source: ArtifactSource) -> pa.Table:
+def read_unchecked(source: ArtifactSource, fmt: Format) -> pa.Table:
     """The rows as the format reads them, without the digests of the manifest."""
-    fmt, root = source._format, source.artifact.path
+    root = folder_of(source)
     return pa.concat_tables(
         fmt.read(root, shard.name, shard.location["offset"], shard.rows or 0)
         for shard in source.shards
@@ -274,7 +275,7 @@ def test_other_readers_find_a_flipped_bit_in_the_data(fmt: Format, tmp_path: Pat
         if path.suffix == ".parquet":  # what follows the data is a footer without a checksum
             size -= 8 + int.from_bytes(path.read_bytes()[-8:-4], "little")
         assert size > 40
-        assert silent_flips(lambda: read_unchecked(source), path, range(0, size, 3)) == []
+        assert silent_flips(lambda: read_unchecked(source, fmt), path, range(0, size, 3)) == []
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pipeline.dataset_distill.recover import BatchNormMatching, Recovered, recov
 from pipeline.dataset_distill.views import normalise
 from pipeline.device import reproducible
 from pipeline.errors import UsageError
-from pipeline.storage.digits import DigitsSource
+from pipeline.storage.digits import open_digits
 from pipeline.tensors import to_numpy
 
 Array = npt.NDArray[np.float64]
@@ -181,7 +181,7 @@ def statistics(net: nn.Module, x: Tensor) -> float:
 @pytest.fixture(scope="module")
 def digits() -> tuple[nn.Module, Tensor, Tensor]:
     """A small network trained on handwritten digits, and the digits."""
-    table = pa.concat_tables(DigitsSource().tables()).slice(0, 1000)
+    table = pa.concat_tables(open_digits().tables()).slice(0, 1000)
     raw = F.interpolate(normalise(to_numpy(table["image"]), IMAGE, CPU), (12, 12), mode="bilinear")
     labels = torch.from_numpy(to_numpy(table["label"]).copy())
     with reproducible(threads=1):

@@ -30,8 +30,9 @@ from pipeline.report import (
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.atomic import FileEntry
 from pipeline.storage.parquet import ParquetFormat
-from pipeline.storage.regroup import RegroupedSource, find_places
+from pipeline.storage.regroup import ChosenSource, find_places
 from pipeline.storage.source import TableSource
+from pipeline.storage.store import LocalStore
 from pipeline.storage.webdataset import WebDatasetFormat
 from pipeline.storage.zarr import ZarrFormat
 from pipeline.tensors import tensor_column
@@ -154,11 +155,11 @@ def models(path: Path, units: dict[str, tuple[float, list[float]]]) -> Artifact:
     for name, (accuracy, losses) in units.items():
         (path / name).mkdir(parents=True)
         (path / name / "history.json").write_bytes(dumps({"loss": losses}))
-        files = [vars(FileEntry.of(path, path / name / "history.json"))]
+        files = [vars(FileEntry.of(LocalStore(path), f"{name}/history.json"))]
         metrics = {"accuracy": accuracy, "images": 1234}
         shards.append({"name": name, "files": files, "metrics": metrics})
     manifest = {"kind": "models", "identity": path.name, "shards": shards}
-    return Artifact.finish(path, manifest, path)
+    return Artifact.finish(LocalStore(path), manifest)
 
 
 @dataclass
@@ -172,7 +173,7 @@ class Finished:
     pixels: Any = field(default_factory=lambda: np.arange(4 * 16, dtype=np.uint8).reshape(4, 4, 4))
 
     def page(self, **changes: Any) -> str:
-        run = Run(self.folder, LocalExecutor())
+        run = Run(LocalStore(self.folder), LocalExecutor())
         labels = pa.array([0, 1] * 2)
         keys = ["a", "b", "c", "d"]
         images = tensor_column(self.pixels[..., None])
@@ -185,9 +186,7 @@ class Finished:
         made = run.map("images", source(table), [Traced()], to=WebDatasetFormat())
         labelled = run.map("labels", source(soft), [], to=ZarrFormat())
         pool = run.map("real", source(table), [], to=ParquetFormat())
-        real = RegroupedSource(
-            pool, tuple(find_places(pool)[key] for key in ("c", "b", "a", "d")), 2
-        )
+        real = ChosenSource(pool, tuple(find_places(pool)[key] for key in ("c", "b", "a", "d")), 2)
         teacher = models(self.folder / "teacher", {"model": (99.0, list(self.losses))})
         students = models(
             self.folder / "students",

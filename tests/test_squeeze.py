@@ -16,7 +16,8 @@ from pipeline.config import TrainConfig
 from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
 from pipeline.dataset_distill.squeeze import Squeeze, SqueezeTraining, shifted
 from pipeline.orchestration import training as loop
-from pipeline.orchestration.training import train
+from pipeline.orchestration.training import Checkpoint, train
+from pipeline.storage.store import LocalStore
 from pipeline.storage.weights import WeightsFile
 
 CPU = torch.device("cpu")
@@ -97,7 +98,7 @@ def test_given_weights_are_scored_and_not_trained(
     np.savez(tmp_path / "w.npz", **{name: value.numpy() for name, value in state.items()})
     table = image_table(20, size=16)
     task = Squeeze(CONFIG, IMAGE, 2, WeightsFile(tmp_path / "w.npz"))
-    done = train(task, {"test": table}, 7, tmp_path / "none.pt")
+    done = train(task, {"test": table}, 7, Checkpoint(LocalStore(tmp_path), "none"))
     assert done.losses == []
     for name, value in done.training.model.state_dict().items():
         assert torch.equal(value, state[name])

@@ -16,17 +16,19 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import keyed, local_run
+from samples import folder_of, keyed, local_run
 
 from pipeline.errors import RunError
 from pipeline.orchestration.executor import Work, attempt
 from pipeline.orchestration.ledger import Ledger
+from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.run import Run, add_counts, open_run
 from pipeline.stage import ShardContext
 from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.atomic import FileEntry
 from pipeline.storage.formats import Format
 from pipeline.storage.parquet import ParquetFormat
+from pipeline.storage.store import LocalStore
 from pipeline.storage.zarr import ZarrFormat
 from pipeline.testing import check_stage, tree_digest
 
@@ -56,7 +58,7 @@ class Sieve:
             if fate in "fg":
                 context.filter(fate)
             if fate == "b":
-                context.quarantine(key, "bad", "It is bad.", key.encode())
+                context.quarantine(key, "bad", "It is bad.")
         context.metrics["seed"] = context.seed
         return table.filter(pa.array([fate == "k" for fate in fates], pa.bool_()))
 
@@ -112,20 +114,22 @@ def test_every_sample_is_accounted_for(sizes: list[int], fates: str, executor: s
         if executor == "backwards":
             run.executor = Backwards()
         source = sieve(run, *sizes, fates=fates)
-        manifest = Artifact.open(source.artifact.path).manifest
+        manifest = Artifact.open(source.artifact.store).manifest
         given_ = [key for table in keyed(*sizes).tables() for key in table["key"].to_pylist()]
         fate = {key: Sieve(fates).fate(key) for key in given_}
         assert keys(source) == [key for key in given_ if fate[key] == "k"]
         check_counts(manifest["counts"], fate)
         assert manifest["counts"] == add_counts([s["counts"] for s in manifest["shards"]])
         aside = {}
-        for path in sorted((source.artifact.path / "quarantine").glob("*.parquet")):
+        for path in sorted((folder_of(source) / "quarantine").glob("*.parquet")):
             for row in pq.read_table(path, partitioning=None).to_pylist():
-                aside[row["key"]] = row["data"]
-        assert aside == {key: key.encode() for key in given_ if fate[key] == "b"}
+                assert (row.pop("reason"), row.pop("detail")) == ("bad", "It is bad.")
+                aside[row.pop("key")] = row
+        labels = {row["key"]: row["label"] for t in keyed(*sizes).tables() for row in t.to_pylist()}
+        assert aside == {key: {"label": labels[key]} for key in given_ if fate[key] == "b"}
         offsets = [sum(s["rows"] for s in manifest["shards"][:i]) for i in range(len(sizes))]
         assert [shard["offset"] for shard in manifest["shards"]] == offsets
-        assert not any((run.out / ".run").rglob("attempts/*"))
+        assert not any(Path(folder, ".run", "unfinished").iterdir())
 
 
 def check_counts(counts: dict[str, Any], fate: dict[str, str]) -> None:
@@ -184,7 +188,7 @@ def test_identity_follows_all_that_the_bytes_depend_on(
 
 def test_order_of_work_does_not_reach_the_bytes(tmp_path: Path) -> None:
     sieve(local_run(tmp_path / "a"), 2, 3, 2, fates="kkf")
-    sieve(Run(tmp_path / "b", Backwards()), 2, 3, 2, fates="kkf")
+    sieve(Run(LocalStore(tmp_path / "b"), Backwards()), 2, 3, 2, fates="kkf")
     assert DONE[3:] == ["00002", "00001", "00000"]
     assert tree_digest(tmp_path / "a") == tree_digest(tmp_path / "b")
 
@@ -230,9 +234,9 @@ def test_shards_whose_files_are_gone_are_done_again(tmp_path: Path, fmt: Format)
     whole = tree_digest(tmp_path)
     entries = [shard["files"] for shard in finished.shards]
     own = [{e["path"] for e in files} for files in entries]
-    (finished.path / min(own[0] - own[1])).unlink()
-    (finished.path / min(own[2] - own[1])).unlink()
-    (finished.path / "manifest.json").unlink()
+    (folder_of(finished) / min(own[0] - own[1])).unlink()
+    (folder_of(finished) / min(own[2] - own[1])).unlink()
+    (folder_of(finished) / "manifest.json").unlink()
     DONE.clear()
     sieve(local_run(tmp_path), 2, 2, 2, to=fmt)
     assert DONE == ["00000", "00002"]
@@ -243,7 +247,7 @@ def test_a_shard_of_which_nothing_is_left_is_a_finished_shard(tmp_path: Path) ->
     source = sieve(local_run(tmp_path), 2, 2, fates="ffkk")
     assert keys(source) == ["k2", "k3"]
     assert [shard["rows"] for shard in source.artifact.shards] == [0, 2]
-    (source.artifact.path / "manifest.json").unlink()
+    (folder_of(source) / "manifest.json").unlink()
     DONE.clear()
     assert keys(sieve(local_run(tmp_path), 2, 2, fates="ffkk")) == ["k2", "k3"]
     assert DONE == []
@@ -267,21 +271,20 @@ def test_bad_samples_are_borne_up_to_max_bad(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_attempt_left_is_cleared_away(tmp_path: Path) -> None:
-    BROKEN.add("00000")
-    with pytest.raises(RunError):
-        sieve(local_run(tmp_path), 1, 1)
-    work = next((tmp_path / ".run").glob("sieve-*"))
-    (work / "attempts" / "killed").mkdir(parents=True)
-    (work / "attempts" / "killed" / "00000.parquet").write_text("half")
-    BROKEN.clear()
-    sieve(local_run(tmp_path), 1, 1)
-    assert not list((work / "attempts").rglob("*"))
+    unfinished = tmp_path / ".run" / "unfinished"
+    with open_run(LocalStore(tmp_path), LocalExecutor()) as run:
+        (unfinished / "killed").mkdir(parents=True)
+        (unfinished / "killed" / "00000.parquet").write_text("half")
+        sieve(run, 1, 1)
+        assert [path.name for path in unfinished.iterdir()] == ["killed"]
+    with open_run(LocalStore(tmp_path), LocalExecutor()):
+        assert not unfinished.exists()
 
 
 DIES = """
 import os, sys
 from pathlib import Path
-from samples import keyed, local_run
+from samples import folder_of, keyed, local_run
 from pipeline.storage.parquet import ParquetFormat
 
 replace = Path.replace
@@ -308,11 +311,12 @@ def test_dying_just_before_a_manifest_appears_leaves_no_trace(tmp_path: Path) ->
 
 
 def test_the_ledger_believes_files_and_not_records(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger", tmp_path / "files")
+    files = LocalStore(tmp_path / "files")
+    ledger = Ledger(LocalStore(tmp_path / "ledger"), files)
     (tmp_path / "files").mkdir()
     for name in "abcd":
         (tmp_path / "files" / name).write_text("text")
-        entry = FileEntry.of(tmp_path / "files", tmp_path / "files" / name)
+        entry = FileEntry.of(files, name)
         ledger.write(name, {"name": name, "files": [vars(entry)], "rows": 1})
     assert sorted(ledger.finished()) == ["a", "b", "c", "d"]
     (tmp_path / "files" / "b").unlink()
@@ -320,7 +324,7 @@ def test_the_ledger_believes_files_and_not_records(tmp_path: Path) -> None:
     (tmp_path / "ledger" / ".e.json.0123").write_text("{")
     assert sorted(ledger.finished()) == ["a", "d"]
     assert ledger.finished()["a"]["rows"] == 1
-    assert Ledger(tmp_path / "none", tmp_path).finished() == {}
+    assert Ledger(LocalStore(tmp_path / "none"), files).finished() == {}
 
 
 def test_counts_add_up_by_reason() -> None:
@@ -344,11 +348,14 @@ def test_steps_feed_one_another(tmp_path: Path) -> None:
 
 
 def test_an_open_run_holds_its_folder_and_closes_the_executor(tmp_path: Path) -> None:
-    with open_run(tmp_path, Backwards(), seed=4) as run:
+    with open_run(LocalStore(tmp_path), Backwards(), seed=4) as run:
         assert run.seed == 4
-        with pytest.raises(RunError, match="output-busy"), open_run(tmp_path, Backwards()):
+        with (
+            pytest.raises(RunError, match="output-busy"),
+            open_run(LocalStore(tmp_path), Backwards()),
+        ):
             pass
-    with pytest.raises(ZeroDivisionError), open_run(tmp_path, Backwards()):
+    with pytest.raises(ZeroDivisionError), open_run(LocalStore(tmp_path), Backwards()):
         raise ZeroDivisionError
     assert DONE.count("closed") >= 2
 
@@ -361,11 +368,11 @@ def test_a_publication_is_known_by_its_kind_and_products(tmp_path: Path) -> None
     assert run.published("things", {"a": one})
     for kind, products in (("others", {"a": one}), ("things", {"b": one}), ("things", {"a": two})):
         assert not run.published(kind, products)
-    assert published.file("report.html").read_bytes() == b"<html>"
-    assert published.product("a").path == one.path
-    entry = FileEntry.of(tmp_path, one.path / "manifest.json")
+    assert published.read("report.html") == b"<html>"
+    assert published.product("a").store.url == one.store.url
+    entry = FileEntry.of(run.out, f"{one.name}/manifest.json")
     assert published.files[entry.path] == entry
-    (one.path / "manifest.json").write_text("{}")
+    (folder_of(one) / "manifest.json").write_text("{}")
     assert not run.published("things", {"a": one})
     with pytest.raises(RunError, match="missing or damaged"):
         published.product("a")

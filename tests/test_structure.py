@@ -28,7 +28,21 @@ MAY_IMPORT = {
     "testing": {"testing", "base", "storage"},
     "front": {"front", "base", *ROOMS},
 }
-FRONT = {"__init__", "api", "cli", "datasets", "loaders", "recipes", "report"}
+FRONT = {
+    "__init__",
+    "api",
+    "cli",
+    "commands",
+    "datasets",
+    "diff",
+    "inspect",
+    "inspect_text",
+    "loaders",
+    "recipes",
+    "report",
+    "sheet",
+    "terminal",
+}
 LAZY = re.compile(r"pipeline(\.\w+)+:\w+")
 
 

@@ -25,9 +25,10 @@ from pipeline.digest import digest
 from pipeline.errors import RunError
 from pipeline.orchestration import training
 from pipeline.orchestration.steps import Fit
-from pipeline.orchestration.training import Trained, train
+from pipeline.orchestration.training import Checkpoint, Trained, train
 from pipeline.storage.models import read_model, read_spec
 from pipeline.storage.source import TableSource
+from pipeline.storage.store import LocalStore
 from pipeline.testing import tree_digest
 
 STOP_AT: set[int] = set()
@@ -89,6 +90,10 @@ def _power(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     STOP_AT.clear()
 
 
+def kept(folder: Path, name: str) -> Checkpoint:
+    return Checkpoint(LocalStore(folder), name)
+
+
 def state(trained: Trained[Any]) -> dict[str, bytes]:
     tensors = trained.training.model.state_dict()
     return {name: value.numpy().tobytes() for name, value in tensors.items()}
@@ -104,14 +109,14 @@ def test_a_stopped_training_ends_with_the_same_weights(
     tmp_path: Path, optimizer: Literal["sgd", "adamw"], stop: int
 ) -> None:
     task = Task(config(optimizer=optimizer))
-    whole = train(task, {}, 7, tmp_path / "whole.pt")
+    whole = train(task, {}, 7, kept(tmp_path, "whole"))
     STOP_AT.add(stop)
     with pytest.raises(OSError, match="power"):
-        train(task, {}, 7, tmp_path / "stopped.pt")
+        train(task, {}, 7, kept(tmp_path, "stopped"))
     assert (tmp_path / "stopped.pt").exists() == (stop >= 2)
     STOP_AT.clear()
     torch.manual_seed(stop)
-    resumed = train(task, {}, 7, tmp_path / "stopped.pt")
+    resumed = train(task, {}, 7, kept(tmp_path, "stopped"))
     assert state(resumed) == state(whole)
     assert resumed.losses == whole.losses
     assert len(resumed.training.modes) == 3 * (6 - stop // 2 * 2)
@@ -119,23 +124,65 @@ def test_a_stopped_training_ends_with_the_same_weights(
 
 def test_weights_follow_the_seed_alone(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    first = train(Task(config()), {}, 7, tmp_path / "a.pt")
+    first = train(Task(config()), {}, 7, kept(tmp_path, "a"))
     torch.manual_seed(2)
-    second = train(Task(config()), {}, 7, tmp_path / "b.pt")
-    other = train(Task(config()), {}, 8, tmp_path / "c.pt")
+    second = train(Task(config()), {}, 7, kept(tmp_path, "b"))
+    other = train(Task(config()), {}, 8, kept(tmp_path, "c"))
     assert state(first) == state(second)
     assert state(first) != state(other)
 
 
 def test_the_interval_of_checkpoints_does_not_reach_the_weights(tmp_path: Path) -> None:
-    often = train(Task(config(checkpoint_epochs=1)), {}, 7, tmp_path / "a.pt")
-    never = train(Task(config(checkpoint_epochs=99)), {}, 7, tmp_path / "b.pt")
+    often = train(Task(config(checkpoint_epochs=1)), {}, 7, kept(tmp_path, "a"))
+    never = train(Task(config(checkpoint_epochs=99)), {}, 7, kept(tmp_path, "b"))
     assert state(often) == state(never)
     assert not (tmp_path / "b.pt").exists()
 
 
+@pytest.mark.parametrize("place", [0, 31, 32, 40, -1])
+def test_a_damaged_checkpoint_leads_to_training_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, place: int
+) -> None:
+    task = Task(config())
+    whole = train(task, {}, 7, kept(tmp_path, "whole"))
+    STOP_AT.add(5)
+    with pytest.raises(OSError, match="power"):
+        train(task, {}, 7, kept(tmp_path, "a"))
+    STOP_AT.clear()
+    data = bytearray((tmp_path / "a.pt").read_bytes())
+    data[place] ^= 4
+    (tmp_path / "a.pt").write_bytes(data)
+    resumed = train(task, {}, 7, kept(tmp_path, "a"))
+    assert "the checkpoint is damaged, training begins anew" in caplog.text
+    assert len(resumed.training.modes) == 18
+    assert state(resumed) == state(whole)
+
+
+def test_no_part_of_a_checkpoint_is_taken_for_one(tmp_path: Path) -> None:
+    checkpoint, device = kept(tmp_path, "a"), torch.device("cpu")
+    assert checkpoint.read(device) is None
+    checkpoint.write({"losses": [1.0], "x": torch.arange(3)})
+    data = (tmp_path / "a.pt").read_bytes()
+    found = checkpoint.read(device)
+    assert found is not None
+    assert found["x"].tolist() == [0, 1, 2]
+    for size in (0, 1, 31, 32, 33, len(data) // 2, len(data) - 1):
+        (tmp_path / "a.pt").write_bytes(data[:size])
+        assert checkpoint.read(device) is None
+    checkpoint.delete()
+    checkpoint.delete()
+    assert not (tmp_path / "a.pt").exists()
+
+
+def test_a_fit_without_a_checkpoint_ends_well(tmp_path: Path) -> None:
+    settings = config(epochs=1, batch_size=10, checkpoint_epochs=9)
+    task = Squeeze(SqueezeConfig(backbone="convnet3", train=settings), SMALL, 2)
+    artifact = local_run(tmp_path).fit("teacher", task, train=pictures(), test=pictures())
+    assert artifact.metrics["images"] == 30
+
+
 def test_training_and_evaluation_have_their_modes(tmp_path: Path) -> None:
-    trained = train(Task(config()), {}, 7, tmp_path / "a.pt")
+    trained = train(Task(config()), {}, 7, kept(tmp_path, "a"))
     assert trained.training.modes == [True] * 18
     assert trained.metrics == {"training": False, "gradients": False}
     assert trained.losses[-1] < trained.losses[0]
@@ -145,7 +192,7 @@ def test_no_epochs_leave_the_weights_as_they_were_made(tmp_path: Path) -> None:
     session = Session(Noisy(), config().model_copy(update={"epochs": 0}))
     before = {name: value.clone() for name, value in session.model.state_dict().items()}
     task = type("Given", (), {"prepare": lambda *_: session})()
-    assert train(task, {}, 7, tmp_path / "a.pt").losses == []
+    assert train(task, {}, 7, kept(tmp_path, "a")).losses == []
     assert all(torch.equal(before[n], v) for n, v in session.model.state_dict().items())
 
 
@@ -171,7 +218,7 @@ def test_weights_follow_the_equations_of_the_optimiser_and_a_cosine(
     settings = config(epochs=4, optimizer=optimizer, lr=0.1, weight_decay=0.5)
     session = Descent(Slope(), settings)
     task = type("Given", (), {"prepare": lambda *_: session})()
-    train(task, {}, 7, tmp_path / "a.pt")
+    train(task, {}, 7, kept(tmp_path, "a"))
     for name, start, slope, decay in (
         ("vector", [1.0, -2.0], 0.3, 0.0),
         ("matrix", [[3.0, -1.0]], -0.2, 0.5),
@@ -295,7 +342,7 @@ class IdentityError(Exception):
 
 class Refuse:
     def run(self, work: Any, units: Any, threads: int) -> Any:
-        raise IdentityError(work.folders.artifact.name)
+        raise IdentityError(str(work.folders.artifact))
 
 
 def test_weights_are_safetensors_without_time_or_place(tmp_path: Path) -> None:
@@ -303,6 +350,6 @@ def test_weights_are_safetensors_without_time_or_place(tmp_path: Path) -> None:
     digests = set()
     for name in "ab":
         artifact = local_run(tmp_path / name).fit("teacher", squeeze(), **inputs)
-        data = artifact.file("model/weights.safetensors").read_bytes()
+        data = artifact.read("model/weights.safetensors")
         digests.add(hashlib.sha256(data).hexdigest())
     assert len(digests) == 1

@@ -27,4 +27,10 @@ class Recipe:
     run: Callable[[Run, Dataset, Any], dict[str, Any]]
 
 
-recipes: Registry[Recipe] = Registry("recipe", {"distill": "pipeline.recipes.distill:RECIPE"})
+recipes: Registry[Recipe] = Registry(
+    "recipe",
+    {
+        "convert": "pipeline.recipes.convert:RECIPE",
+        "distill": "pipeline.recipes.distill:RECIPE",
+    },
+)

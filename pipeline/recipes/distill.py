@@ -23,7 +23,7 @@ from pipeline.dataset_distill.squeeze import Squeeze
 from pipeline.dataset_distill.student import Student
 from pipeline.datasets import Dataset
 from pipeline.digest import digest
-from pipeline.errors import RunError
+from pipeline.errors import RunError, UsageError
 from pipeline.orchestration.run import Run
 from pipeline.orchestration.steps import Fit
 from pipeline.recipes import Recipe
@@ -34,7 +34,7 @@ from pipeline.stages.relabel import Relabel
 from pipeline.stages.select import Columns, Keep, Split
 from pipeline.storage.artifact import ArtifactSource
 from pipeline.storage.parquet import ParquetFormat
-from pipeline.storage.regroup import RegroupedSource, cut, find_places
+from pipeline.storage.regroup import ChosenSource, cut, find_places
 from pipeline.storage.source import Source, TableSource
 from pipeline.storage.webdataset import WebDatasetFormat
 from pipeline.storage.weights import WeightsFile
@@ -56,6 +56,12 @@ class DistillConfig(Config):
 def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
     """Squeeze, recover, relabel and evaluate; publish images, labels, teacher and evaluation."""
     image, classes = config.image, data.train.classes
+    if not classes:
+        raise UsageError(
+            "The data set has no labels, and synthetic images are made for classes.",
+            hint="Give a data set with labels, such as a folder with one sub-folder a class.",
+            code="no-labels",
+        )
     decode = Decode(image.size, image.channels)
     squeeze = _squeeze(config, len(classes))
     BatchNormMatching(squeeze.network(), 1.0).close()  # refuses a teacher without BatchNorm now
@@ -91,7 +97,7 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
     pool = run.map("real", data.train, [*train_part, candidates, decode], to=ParquetFormat())
     readable = find_places(pool)
     chosen = [random_real(draw, readable, classes, config.ipc) for draw in draws]
-    real = [RegroupedSource(pool, tuple(readable[key] for key in keys), rows) for keys in chosen]
+    real = [ChosenSource(pool, tuple(readable[key] for key in keys), rows) for keys in chosen]
     real_labels = [
         run.map(f"real-labels-{number}", source, [relabel], to=ZarrFormat())
         for number, source in enumerate(real)
@@ -135,7 +141,12 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
         steps = [index, test, *([train] if train else []), pool, images, labels]
         page = report(about, images, labels, real[0], teacher, students, steps)
         run.publish("distilled", products, about, page)
-    return {**about, "images": str(images.artifact.path), "labels": str(labels.artifact.path)}
+    return {
+        **about,
+        "images": str(images.artifact.store),
+        "labels": str(labels.artifact.store),
+        "report": f"{run.out}/report.html",
+    }
 
 
 def rank_at_random(index: ArtifactSource, ipc: int, seed: object) -> list[list[str]]:

@@ -28,7 +28,7 @@ from pipeline.report import (
 from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.images import decode_png
 from pipeline.storage.models import UNIT
-from pipeline.storage.regroup import RegroupedSource
+from pipeline.storage.regroup import ChosenSource
 from pipeline.storage.source import Source
 from pipeline.tensors import is_tensor, to_numpy
 
@@ -74,7 +74,7 @@ def report(
     about: Mapping[str, Any],
     images: ArtifactSource,
     labels: ArtifactSource,
-    real: RegroupedSource,
+    real: ChosenSource,
     teacher: Artifact,
     students: Artifact,
     steps: Sequence[ArtifactSource],
@@ -271,7 +271,7 @@ def _units(students: Artifact, arm: str) -> list[str]:
 
 
 def _losses(artifact: Artifact, unit: str) -> list[float]:
-    history = json.loads(artifact.file(f"{unit}/history.json").read_bytes())
+    history = json.loads(artifact.read(f"{unit}/history.json"))
     return [float(loss) for loss in history["loss"]]
 
 

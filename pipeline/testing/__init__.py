@@ -14,6 +14,7 @@ from pipeline.testing.formats import check_format
 from pipeline.testing.pickled import pickled
 from pipeline.testing.sources import check_source
 from pipeline.testing.stages import check_stage
+from pipeline.testing.stores import check_store
 from pipeline.testing.tables import assert_same_rows
 from pipeline.testing.trees import tree_digest
 
@@ -22,6 +23,7 @@ __all__ = [
     "check_format",
     "check_source",
     "check_stage",
+    "check_store",
     "pickled",
     "tree_digest",
 ]

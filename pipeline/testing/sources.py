@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,11 +14,12 @@ from pipeline.testing.pickled import pickled
 from pipeline.testing.tables import assert_same_rows
 
 
-def check_source(source: Source) -> None:
-    """Check the contract of :class:`~pipeline.storage.source.Source`; reads everything twice.
+def check_source(source: Source, *, may_lack: Collection[str] = ()) -> None:
+    """Check the contract of :class:`~pipeline.storage.source.Source`; reads everything thrice.
 
     Args:
         source: a small one, with at least one sample.
+        may_lack: those of the columns ``image`` and ``label`` that some of its samples have not.
 
     Raises:
         AssertionError: a promise is broken; the message says which.
@@ -31,7 +33,8 @@ def check_source(source: Source) -> None:
     for shard in source.shards:
         table = source.read(shard)
         assert_same_rows(again.read(shard), table)
-        _check_table(table, shard, len(source.classes))
+        _check_table(table, shard, len(source.classes), may_lack)
+        _check_take(again, shard, table)
         keys += table["key"].to_pylist()
     assert keys, "there are no samples to check"
     assert len(set(keys)) == len(keys), "two samples have the same key"
@@ -46,9 +49,10 @@ def _check_shards(shards: tuple[Shard, ...]) -> None:
         assert plain, f"'{shard.name}' cannot be the name of a file"
         carried = json.loads(json.dumps(shard.location))
         assert carried == shard.location, f"the location of '{shard.name}' is not plain JSON"
+        assert shard.bytes is None or shard.bytes > 0, f"'{shard.name}' has {shard.bytes} bytes"
 
 
-def _check_table(table: pa.Table, shard: Shard, classes: int) -> None:
+def _check_table(table: pa.Table, shard: Shard, classes: int, may_lack: Collection[str]) -> None:
     assert shard.rows in {None, table.num_rows}, (
         f"'{shard.name}' was declared with {shard.rows} rows and has {table.num_rows}"
     )
@@ -60,9 +64,26 @@ def _check_table(table: pa.Table, shard: Shard, classes: int) -> None:
         assert pixels or pa.types.is_binary(kind), (
             f"images are neither bytes nor uint8 tensors H x W x C: {kind}"
         )
+        assert "image" in may_lack or not table["image"].null_count, "an image is missing"
     if "label" in table.column_names and table.num_rows:
-        assert table["label"].type == pa.int64(), "labels are not int64"
-        assert not table["label"].null_count, "a label is missing"
-        low, high = pc.min_max(table["label"]).as_py().values()
-        assert low >= 0, "a label is negative"
-        assert high < classes, f"label {high} in a source of {classes} classes"
+        _check_labels(table["label"], classes, may_lack)
+
+
+def _check_labels(labels: pa.ChunkedArray, classes: int, may_lack: Collection[str]) -> None:
+    assert labels.type == pa.int64(), "labels are not int64"
+    assert "label" in may_lack or not labels.null_count, "a label is missing"
+    low, high = pc.min_max(labels).as_py().values()
+    assert low is None or low >= 0, "a label is negative"
+    assert high is None or high < classes, f"label {high} in a source of {classes} classes"
+
+
+def _check_take(source: Source, shard: Shard, table: pa.Table) -> None:
+    keys = table["key"].to_pylist()
+    choices: list[list[str]] = [[], keys[::2], keys[::-1]]
+    for wanted in choices:
+        rows = [row for row, key in enumerate(keys) if key in wanted]
+        found = source.take(shard, [*wanted, "\0 no such key"])
+        try:
+            assert_same_rows(found, table.take(pa.array(rows, pa.int64())))
+        except AssertionError as error:
+            raise AssertionError(f"'take' gives other rows than 'read': {error}") from error

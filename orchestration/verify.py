@@ -1,0 +1,181 @@
+"""Is an output what its manifests say it is?"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import PipelineError, UsageError
+from pipeline.orchestration.ledger import Ledger
+from pipeline.orchestration.run import WORK
+from pipeline.storage.artifact import MANIFEST, Artifact
+from pipeline.storage.atomic import FileEntry, unseal
+from pipeline.storage.store import FileInfo, Store
+
+DAMAGED = f"{WORK}/damaged/"
+"""Where damaged files are set aside."""
+
+
+@dataclass
+class Findings:
+    """What was looked at and what was found.
+
+    Attributes:
+        files: listed files whose size was compared.
+        read: files that were read through and compared with their SHA-256.
+        bytes: bytes of the files that were read.
+        damaged: what is wrong with each damaged file, by path.
+        unlisted: files that no manifest lists; they are never read as data.
+        unfinished: files of steps that are not finished, of no shard that is.
+    """
+
+    files: int = 0
+    read: int = 0
+    bytes: int = 0
+    damaged: dict[str, str] = field(default_factory=dict)
+    unlisted: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {**vars(self), "whole": not self.damaged}
+
+
+def verify(store: Store, share: float = 0.0) -> Findings:
+    """Check the output in ``store``: of a whole run, or of one step.
+
+    Every listed file must be there with its size and every manifest with its own digest. A run's
+    own memory (ledger, checkpoints) is checked with the files that are read.
+
+    Args:
+        store: what was given with ``--out``, or one folder in it.
+        share: of the files, chosen at random, that are read through and compared with their
+            SHA-256; 1 reads all.
+
+    Raises:
+        UsageError: nothing there was ever finished.
+    """
+    files = {info.name: info for info in store.files()}
+    outputs = {name: info for name, info in files.items() if not name.startswith(f"{WORK}/")}
+    roots = [name.removesuffix(MANIFEST) for name in outputs if is_manifest(name)]
+    memory = [
+        name for name in files if name.startswith(f"{WORK}/") and not name.startswith(DAMAGED)
+    ]
+    if not roots and not any("/ledger/" in name for name in memory):
+        raise UsageError(
+            "There is no output of this pipeline here.",
+            hint="Give the folder that was given with --out.",
+            code="no-manifest",
+            where=str(store),
+        )
+    findings = Findings()
+    listed: set[str] = set()
+    for root in roots:
+        listed |= _check_artifact(store, root, outputs, share, findings)
+    begun = {f"{name.split('/')[1]}/" for name in memory if name.count("/") > 1} - set(roots)
+    for root in sorted(begun):
+        entries = _from_ledger(store, root)
+        listed |= _check_files(store, root, entries, outputs, share, findings)
+        findings.unfinished += [n for n in outputs if n.startswith(root) and n not in listed]
+    if share:
+        for name in memory:
+            _check_memory(store, name, findings)
+    known = listed | {f"{root}{MANIFEST}" for root in roots} | set(findings.damaged)
+    known |= set(findings.unfinished)
+    findings.unlisted = [
+        name
+        for name in outputs
+        if name not in known and ("" in roots or f"{name.partition('/')[0]}/" in roots)
+    ]
+    return findings
+
+
+def is_manifest(name: str) -> bool:
+    """Whether a path is that of the manifest of a run or of one of its steps."""
+    return name == MANIFEST or (name.endswith(f"/{MANIFEST}") and name.count("/") == 1)
+
+
+def _check_artifact(
+    store: Store, root: str, outputs: Mapping[str, FileInfo], share: float, findings: Findings
+) -> set[str]:
+    """Check one manifest and what it lists; the paths that it lists."""
+    findings.files += 1
+    try:
+        entries = Artifact.open(_place(store, root)).files
+    except PipelineError as error:
+        findings.damaged[f"{root}{MANIFEST}"] = error.message
+        if not root:
+            return set()
+        # The ledger still knows the files of finished shards; nobody knows any others.
+        entries = _from_ledger(store, root)
+        known = {f"{root}{MANIFEST}", *(f"{root}{name}" for name in entries)}
+        unknown = [name for name in outputs if name.startswith(root) and name not in known]
+        findings.damaged |= dict.fromkeys(unknown, "Nothing vouches for it.")
+    return _check_files(store, root, entries, outputs, share, findings)
+
+
+def _check_files(
+    store: Store,
+    root: str,
+    entries: Mapping[str, FileEntry],
+    outputs: Mapping[str, FileInfo],
+    share: float,
+    findings: Findings,
+) -> set[str]:
+    place = _place(store, root)
+    for name, entry in entries.items():
+        path = f"{root}{name}"
+        findings.files += 1
+        info = outputs.get(path)
+        if info is None:
+            findings.damaged[path] = "It is missing."
+        elif info.bytes != entry.bytes:
+            findings.damaged[path] = f"It has {info.bytes:,} bytes, not {entry.bytes:,}."
+        elif random.random() < share:  # noqa: S311 - a sample of files, no secret
+            findings.read += 1
+            findings.bytes += entry.bytes
+            if not entry.intact(place):
+                findings.damaged[path] = "Its bytes do not match its SHA-256."
+    return {f"{root}{name}" for name in entries}
+
+
+def _from_ledger(store: Store, root: str) -> dict[str, FileEntry]:
+    """The files of the finished shards of a step."""
+    records = Ledger(store.below(f"{WORK}/{root}ledger"), _place(store, root)).finished().values()
+    return {e["path"]: FileEntry(**e) for record in records for e in record["files"]}
+
+
+def _place(store: Store, root: str) -> Store:
+    return store.below(root.rstrip("/")) if root else store
+
+
+def _check_memory(store: Store, name: str, findings: Findings) -> None:
+    """A ledger's record or a checkpoint: both carry their own digest."""
+    if "/ledger/" in name:
+        findings.read += 1
+        try:
+            unseal(store.read(name))
+        except ValueError as error:
+            findings.damaged[name] = f"The record of a finished shard: {error}."
+    elif "/checkpoints/" in name:
+        findings.read += 1
+        data = store.read(name)
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            findings.damaged[name] = "Its bytes do not match its SHA-256."
+
+
+def set_aside(store: Store, damaged: Sequence[str]) -> None:
+    """Move damaged files, and the manifests that vouch for them, to :data:`DAMAGED`.
+
+    What is left is the output of a run that was stopped: started again, it makes anew what is
+    missing and nothing else.
+    """
+    steps = {name.partition("/")[0] for name in damaged if "/" in name} - {WORK}
+    manifests = [MANIFEST, *(f"{step}/{MANIFEST}" for step in sorted(steps))]
+    for name in dict.fromkeys([*manifests, *damaged]):
+        if store.info(name) is not None:
+            store.replace(f"{DAMAGED}{name}", store.read(name))
+            store.delete(name)

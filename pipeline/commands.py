@@ -1,0 +1,141 @@
+"""What the command line does with data sets and outputs, besides running recipes.
+
+Each function takes the parsed options and gives an exit code, a summary of plain JSON types, and
+the same as text.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from pipeline.api import resume
+from pipeline.errors import PipelineError
+from pipeline.orchestration.garbage import find_garbage
+from pipeline.orchestration.run import WORK
+from pipeline.orchestration.verify import Findings, is_manifest, set_aside, verify
+from pipeline.storage.artifact import Artifact
+from pipeline.storage.atomic import exclusive
+from pipeline.storage.store import Store, open_store
+from pipeline.terminal import human
+
+Done = tuple[int, dict[str, Any], str]
+
+
+def run_verify(options: Namespace) -> Done:
+    """``pipeline verify``: exit code 1 where anything is damaged."""
+    found = verify(open_store(options.path), 1.0 if options.deep else options.subset)
+    return int(bool(found.damaged)), found.summary(), _findings(found)
+
+
+def run_repair(options: Namespace) -> Done:
+    """``pipeline repair``: take damaged files out, make them anew, look again."""
+    store = open_store(options.path)
+    # Samples that were taken up from quarantine once are so again, or they would be lost.
+    retried = _retried(store)
+    repaired: dict[str, str] = {}
+    found = verify(store, 1.0)
+    found.damaged |= dict.fromkeys(found.unfinished, "No finished shard vouches for it.")
+    # A damaged manifest hides what is wrong with its files until it is made anew.
+    while found.damaged and not set(found.damaged) & set(repaired):
+        repaired |= found.damaged
+        with exclusive(store.below(WORK)):
+            set_aside(store, list(found.damaged))
+        resume(options.path, retry=retried)
+        found = verify(store, 1.0)
+    head = f"{len(repaired)} damaged files were set aside and made anew.\n" if repaired else ""
+    return (
+        int(bool(found.damaged)),
+        {**found.summary(), "repaired": repaired},
+        head + _findings(found),
+    )
+
+
+def run_retry(options: Namespace) -> Done:
+    """``pipeline retry``: take samples up from quarantine."""
+    summary = resume(options.path, retry=options.reason)
+    return 0, summary, readable(summary)
+
+
+def run_gc(options: Namespace) -> Done:
+    """``pipeline gc``: say what could be deleted; delete it only if told to."""
+    store = open_store(options.path)
+    groups = find_garbage(store, intermediate=options.intermediate)
+    if options.delete:
+        with exclusive(store.below(WORK)):
+            # Found anew: until now a run may have been writing.
+            groups = find_garbage(store, intermediate=options.intermediate)
+            for group in groups:
+                for file in group.files:
+                    store.delete(file.name)
+    lines = [f"{len(g.files):>8,} files {human(g.bytes):>10}  {g.what}" for g in groups]
+    total = sum(group.bytes for group in groups)
+    deleted = "deleted" if options.delete else "could be deleted: add --delete"
+    text = "\n".join([*lines, f"{human(total)} {deleted}" if groups else "There is no garbage."])
+    summary = {
+        "deleted": options.delete,
+        "bytes": total,
+        "groups": {g.what: [file.name for file in g.files] for g in groups},
+    }
+    return 0, summary, text
+
+
+def run_inspect(options: Namespace) -> Done:
+    """``pipeline inspect``: what a data set or an output holds."""
+    from pipeline.inspect import inspect
+    from pipeline.inspect_text import as_text
+
+    summary = inspect(options.path, options.data, every=options.all, sheet=options.sheet)
+    return 0, summary, as_text(summary)
+
+
+def run_diff(options: Namespace) -> Done:
+    """``pipeline diff``: exit code 1 where two data sets differ."""
+    from pipeline.diff import as_text, diff
+
+    summary = diff(options.a, options.b, options.data)
+    return int(not summary["same"]), summary, as_text(summary)
+
+
+def readable(summary: dict[str, Any]) -> str:
+    """What a recipe gave, for a terminal."""
+    lines = []
+    if rows := summary.get("evaluation"):
+        lines.append(f"{'trained on':<34}{'images':>8}{'accuracy, %':>13}")
+        for row in rows:
+            spread = f" +- {row['spread']:.2f} ({row['seeds']} seeds)" if row["seeds"] > 1 else ""
+            count = "" if row["images"] is None else row["images"]
+            lines.append(f"{row['trained_on']:<34}{count:>8}{row['accuracy']:>13.2f}{spread}")
+        lines.append("")
+    for name in ("train", "test"):
+        if split := summary.get(name):
+            bad = sum(split["quarantined"].values())
+            lines.append(
+                f"{name + ':':<8} {split['out']:,} of {split['in']:,} samples in "
+                f"{split['shards']:,} shards" + (f", {bad:,} in quarantine" if bad else "")
+            )
+            lines.append(f"{'':<8} {split['path']}")
+    names = ("images", "labels", "report")
+    lines += [f"{name + ':':<8} {summary[name]}" for name in names if name in summary]
+    return "\n".join(lines)
+
+
+def _retried(store: Store) -> list[str] | None:
+    reasons: set[str] = set()
+    for info in store.files():
+        if "/" in info.name and is_manifest(info.name):
+            try:
+                found = Artifact.open(store.below(info.name.partition("/")[0]))
+            except PipelineError:  # the damaged one: it is about to be made anew
+                continue
+            reasons |= set(found.manifest.get("retried", ()))
+    return sorted(reasons) or None
+
+
+def _findings(found: Findings) -> str:
+    lines = [f"damaged: {name}: {what}" for name, what in found.damaged.items()]
+    if found.unlisted:
+        lines.append(f"{len(found.unlisted):,} files are listed in no manifest and never read")
+    read = f", {found.read:,} read through ({human(found.bytes)})" if found.read else ""
+    verdict = f"{len(found.damaged):,} are damaged" if found.damaged else "all are whole"
+    return "\n".join([*lines, f"{found.files:,} files looked at{read}: {verdict}"])

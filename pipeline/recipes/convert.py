@@ -1,0 +1,90 @@
+"""Write a data set in another format, in shards of another size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from pipeline.config import Config
+from pipeline.datasets import Dataset
+from pipeline.errors import UsageError
+from pipeline.orchestration.run import Run
+from pipeline.recipes import Recipe
+from pipeline.stage import Stage
+from pipeline.stages.encode import Encode
+from pipeline.storage.artifact import ArtifactSource
+from pipeline.storage.folder import FolderFormat
+from pipeline.storage.formats import Format
+from pipeline.storage.parquet import ParquetFormat
+from pipeline.storage.regroup import EvenSource, GroupedSource
+from pipeline.storage.source import Source
+from pipeline.storage.webdataset import WebDatasetFormat
+from pipeline.storage.zarr import ZarrFormat
+
+
+class ConvertConfig(Config):
+    """Configuration of the recipe ``convert``."""
+
+    format: Literal["webdataset", "parquet", "zarr", "folder"] = Field(
+        "webdataset", description="what to write"
+    )
+    shard_mb: int = Field(
+        256, ge=1, description="size of a shard that small ones are joined to, MB"
+    )
+    encode: Literal["keep", "png", "jpeg", "webp", "webp-lossless"] = Field(
+        "keep", description="how images are stored; 'keep' leaves their bytes as they are"
+    )
+    quality: int = Field(90, ge=1, le=100, description="of jpeg and webp")
+    shorter: int | None = Field(
+        None, ge=1, description="scale larger images down to this shorter side, pixels"
+    )
+
+
+def convert(run: Run, data: Dataset, config: ConvertConfig) -> dict[str, Any]:
+    """Write both splits in the chosen format; keys, labels, bytes and their order are kept."""
+    if config.shorter is not None and config.encode == "keep":
+        raise UsageError(
+            "Images cannot be scaled and keep their bytes.",
+            hint="Choose how the scaled images are stored with --encode.",
+            code="bad-option",
+        )
+    stages: list[Stage] = []
+    if config.encode != "keep":
+        stages.append(Encode(config.encode, config.quality, config.shorter))
+    splits = {"train": data.train, **({"test": data.test} if data.test else {})}
+    written = {name: _write(run, name, source, stages, config) for name, source in splits.items()}
+    products = {name: source.artifact for name, source in written.items()}
+    about = {"dataset": data.name, "config": config.model_dump(mode="json"), "seed": run.seed}
+    if not run.published("dataset", products):
+        run.publish("dataset", products, about)
+    summary: dict[str, Any] = {**about}
+    for name, artifact in products.items():
+        counts: Mapping[str, Any] = artifact.manifest["counts"]
+        summary[name] = {"path": str(artifact.store), "shards": len(artifact.shards), **counts}
+    return summary
+
+
+def _write(
+    run: Run, name: str, source: Source, stages: Sequence[Stage], config: ConvertConfig
+) -> ArtifactSource:
+    size = config.shard_mb * 2**20
+    grouped = GroupedSource(source, size)
+    if config.format != "zarr":
+        kinds: dict[str, Format] = {
+            "webdataset": WebDatasetFormat(size),
+            "parquet": ParquetFormat(),
+            "folder": FolderFormat(source.classes),
+        }
+        return run.map(name, grouped, stages, to=kinds[config.format])
+    # The place of a row in a Zarr array depends on all before it, and how many these are is known
+    # only when every sample was read.
+    samples = run.map(f"{name}-samples", grouped, stages, to=ParquetFormat())
+    rows = sum(shard.rows or 0 for shard in samples.shards)
+    total = sum(shard.bytes or 0 for shard in samples.shards)
+    even = EvenSource(samples, max(1, min(rows, rows * size // max(total, 1))))
+    return run.map(name, even, [], to=ZarrFormat())
+
+
+RECIPE = Recipe(ConvertConfig, lambda _: {}, convert)
