@@ -210,7 +210,7 @@ class Run:
             self.executed += 1
             log.info("%s: %d of %d shards done", name, len(records), len(units))
         if errors:
-            raise _failure(name, errors, len(units))
+            raise _failure(name, errors, units)
         return [records[unit] for unit in units]
 
     def _check_bad(self, name: str, counts: Mapping[str, Any]) -> None:
@@ -300,15 +300,11 @@ def add_counts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def _failure(name: str, errors: Sequence[Mapping[str, str]], units: int) -> RunError:
+def _failure(name: str, errors: Sequence[Mapping[str, str]], units: Sequence[str]) -> RunError:
     first = errors[0]
-    if len(errors) == 1 and units == 1:
-        where = None
-        message = first["message"]
-    else:
+    message, where = first["message"], first["where"]
+    if len(units) > 1:
         where = ", ".join(error["where"] for error in errors[:5]) + (", ..." * (len(errors) > 5))
-        message = (
-            f"{len(errors)} of {units} shards of the step '{name}' failed; the first: "
-            f"{first['message']}"
-        )
+        count = f"{len(errors)} of {len(units)} shards of the step '{name}'"
+        message = f"{count} failed; the first: {message}"
     return RunError(message, hint=first["hint"], code=first["code"], where=where)

@@ -192,7 +192,8 @@ def _problems(table: pa.Table, classes: int) -> Iterator[tuple[Sequence[int], st
         labels, missing = table["label"], pc.is_null(table["label"])
         yield _rows(missing), "no-label", repeat("The sample has no label.")
         wrong = pc.fill_null(pc.or_(pc.less(labels, 0), pc.greater_equal(labels, classes)), False)
-        if pc.any(wrong).as_py() and pc.all(pc.or_(wrong, missing)).as_py():
+        # Of one sample alone it cannot be told whether it or the list of names is wrong.
+        if len(table) > 1 and pc.any(wrong).as_py() and pc.all(pc.or_(wrong, missing)).as_py():
             raise _wrong_labels(labels, classes)
         yield _rows(wrong), "bad-label", repeat(f"Labels go from 0 to {classes - 1}.")
     if "key" in names:
