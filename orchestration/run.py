@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.digest import canonical, digest, seed_for
-from pipeline.errors import RunError
+from pipeline.errors import PipelineError, RunError
 from pipeline.orchestration.executor import Executor, Work
 from pipeline.orchestration.retry import RetrySource, in_quarantine
 from pipeline.orchestration.steps import Fit, FitWork, MapWork, StepFolders
@@ -263,7 +263,11 @@ def _log_file(work: Store) -> Iterator[None]:
             handler.close()
             if not isinstance(work, LocalStore):
                 stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
-                work.replace(f"{stamp}-{LOG}", path.read_bytes())
+                try:
+                    work.replace(f"{stamp}-{LOG}", path.read_bytes())
+                except (OSError, PipelineError) as error:
+                    # What went wrong before is what the user has to know.
+                    log.warning("the log could not be kept: %s", error)
 
 
 def _with_bases(artifacts: Iterable[Artifact]) -> list[str]:

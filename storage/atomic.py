@@ -15,7 +15,7 @@ from pipeline.digest import dumps
 from pipeline.errors import RunError, UsageError
 from pipeline.storage.store import LocalStore, Store
 
-SEAL = "sha256"
+SEAL, END = b',\n  "sha256": "', b"\n}\n"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def publish(attempt: Path, destination: Store) -> list[FileEntry]:
                     "A file of this shard is there already with other bytes than the ones just "
                     "computed.",
                     hint="It was written by another version or on other hardware, or is damaged: "
-                    "'pipeline repair' takes damaged files out; or choose another --out.",
+                    "'pipeline repair' takes damaged files out; or choose another output folder.",
                     code="commit-conflict",
                     where=f"{destination}/{entry.path}",
                 ) from None
@@ -74,8 +74,9 @@ def publish(attempt: Path, destination: Store) -> list[FileEntry]:
 
 
 def seal(record: Mapping[str, Any]) -> bytes:
-    """``record`` as JSON bytes with its own SHA-256 in the field ``sha256``."""
-    return dumps({**record, SEAL: hashlib.sha256(dumps(record)).hexdigest()})
+    """``record`` as JSON bytes with the SHA-256 of all else in a last field ``sha256``."""
+    body = dumps(record)
+    return body.removesuffix(END) + SEAL + hashlib.sha256(body).hexdigest().encode() + b'"' + END
 
 
 def unseal(data: bytes) -> dict[str, Any]:
@@ -84,12 +85,11 @@ def unseal(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: the bytes are not those that were written.
     """
-    record = json.loads(data)
-    if not isinstance(record, dict) or SEAL not in record:
-        raise ValueError("it is not a record of this pipeline")
-    record.pop(SEAL)
-    if seal(record) != data:
-        raise ValueError("its bytes do not match its digest")
+    start, found, rest = data.rpartition(SEAL)
+    body = start + END
+    if not found or rest != hashlib.sha256(body).hexdigest().encode() + b'"' + END:
+        raise ValueError("its bytes do not match its digest, or it is no record of this pipeline")
+    record: dict[str, Any] = json.loads(body)
     return record
 
 
@@ -114,7 +114,7 @@ def exclusive(store: Store) -> Iterator[None]:
     except OSError as error:
         raise UsageError(
             f"The output folder cannot be written: {error.strerror or error}.",
-            hint="Choose a folder that you can write with --out.",
+            hint="Choose an output folder that you can write.",
             code="unwritable-output",
             where=str(folder.parent),
         ) from error
@@ -124,7 +124,7 @@ def exclusive(store: Store) -> Iterator[None]:
         except BlockingIOError:
             raise RunError(
                 "Another run is writing this output folder.",
-                hint="Wait until it ends, or choose another folder with --out.",
+                hint="Wait until it ends, or choose another output folder.",
                 code="output-busy",
                 where=str(folder.parent),
             ) from None

@@ -107,13 +107,13 @@ class FolderFormat:
         for row, data in zip(others.to_pylist(), encoded(table["image"]), strict=True):
             names.append(self._path(row["key"], row.get("label"), data))
             path = directory / names[-1]
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("xb") as file:
                     file.write(data)
-            except FileExistsError:
+            except (FileExistsError, NotADirectoryError):
                 raise RunError(
-                    f"Two samples would be the file '{names[-1]}'.",
+                    f"Two samples would be the file '{names[-1]}', or one a folder of the other.",
                     hint="Give every sample a key of its own, or choose another format.",
                     code="duplicate-keys",
                 ) from None

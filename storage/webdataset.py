@@ -209,8 +209,12 @@ def _is_image(key: str) -> bool:
 
 def _escaped(stem: str) -> str:
     escaped = stem.replace("%", "%25").replace(".", "%2E").replace("\0", "%00")
-    # An absolute name is a trap for those who extract the tar.
-    return "%2F" + escaped[1:] if escaped.startswith("/") else escaped
+    # An absolute name is a trap for those who extract the tar, and a hidden one is no sample.
+    if escaped.startswith("/"):
+        escaped = "%2F" + escaped[1:]
+    if escaped.endswith("/"):
+        escaped = escaped[:-1] + "%2F"
+    return escaped or "%"
 
 
 def _create(path: Path) -> tarfile.TarFile:

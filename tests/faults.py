@@ -36,6 +36,7 @@ POINTS = (
     "run manifest",
     "replace",
     "delete",
+    "log",
 )
 
 
@@ -103,6 +104,8 @@ class FaultyStore(Store):
     def _kind(self, name: str) -> str:
         parts = f"{self.place}{name}".split("/")
         if parts[0] == ".run":
+            if parts[-1].endswith("log.txt"):
+                return "log"
             return "ledger" if "ledger" in parts else "replace"
         if parts[-1] == "manifest.json":
             return "run manifest" if len(parts) == 1 else "step manifest"

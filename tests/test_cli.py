@@ -126,7 +126,7 @@ REFUSALS = {
     "class with one image": (1, "small-class", "'lonely' has"),
     "ipc 0": (2, "bad-config", "ipc: Input should be greater than or equal to 1"),
     "unknown setting": (2, "bad-config", "recover.sped"),
-    "unwritable output": (2, "unwritable-output", "--out"),
+    "unwritable output": (2, "unwritable-output", "that you can write"),
     "busy output": (1, "output-busy", "Another run is writing"),
     "missing weights": (2, "bad-weights", "weights"),
     "other weights": (2, "weights-mismatch", "do not fit the network"),

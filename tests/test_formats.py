@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import zarr
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from samples import encoded, folder_of, image_table, keyed, local_run, pixels
 
 from pipeline.errors import RunError
 from pipeline.stage import ShardContext
 from pipeline.storage.artifact import ArtifactSource
+from pipeline.storage.folder import FolderFormat
 from pipeline.storage.formats import Format, Region
 from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.source import Source
@@ -29,7 +30,13 @@ from pipeline.storage.zarr import ZarrFormat
 from pipeline.tensors import tensor_column, to_numpy
 from pipeline.testing import assert_same_rows, check_format
 
-FORMATS: list[Format] = [ParquetFormat(), WebDatasetFormat(), ZarrFormat()]
+FORMATS: list[Format] = [
+    ParquetFormat(),
+    WebDatasetFormat(),
+    WebDatasetFormat(max_bytes=100),
+    ZarrFormat(),
+    FolderFormat(("a", "b")),
+]
 BY_NAME = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 RNG = np.random.default_rng(0)
 
@@ -119,6 +126,9 @@ KEYS = st.lists(
 
 @BY_NAME
 @given(keys=KEYS)
+@example(keys=["0", "00", "0/"])
+@example(keys=["/", "//", ".", "..", "%", "../x", "/x", "%2Fx"])
+@example(keys=["x.png", "x.jpg", "y", "z/y.png"])
 @settings(max_examples=15)
 def test_any_key_comes_back(fmt: Format, keys: list[str]) -> None:
     check_format(fmt, image_table(len(keys), size=2).set_column(0, "key", pa.array(keys)))

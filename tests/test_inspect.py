@@ -192,10 +192,11 @@ def test_a_damaged_shard_is_told_and_the_others_are_read(tmp_path: Path) -> None
 
 def test_labels_that_no_class_has(tmp_path: Path) -> None:
     write(tmp_path, {"classes.txt": b"ant\n"})
-    write_tar(tmp_path / "x.tar", [("0.png", PNG[0]), ("0.cls", b"5")])
+    members = [("0.png", PNG[0]), ("0.cls", b"5"), ("1.png", PNG[0]), ("1.cls", b"6")]
+    write_tar(tmp_path / "x.tar", members)
     split = plain(inspect(str(tmp_path), every=True))["splits"]["train"]
     assert "there are 1 classes" in split["problems"][0]["problem"]
-    assert split["all"]["bad"] == {"bad-label": 1}
+    assert split["all"]["bad"] == {"bad-label": 2}
 
 
 def test_what_others_wrote_moves_no_cursor(tmp_path: Path) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Config
 from pipeline.datasets import Dataset
-from pipeline.errors import UsageError
 from pipeline.orchestration.run import Run
 from pipeline.recipes import Recipe
 from pipeline.stage import Stage
@@ -41,15 +40,18 @@ class ConvertConfig(Config):
         None, ge=1, description="scale larger images down to this shorter side, pixels"
     )
 
+    @model_validator(mode="after")
+    def _scaled_images_are_encoded(self) -> ConvertConfig:
+        if self.shorter is not None and self.encode == "keep":
+            raise ValueError(
+                "images cannot be scaled and keep their bytes; choose how they are stored "
+                "with --encode"
+            )
+        return self
+
 
 def convert(run: Run, data: Dataset, config: ConvertConfig) -> dict[str, Any]:
     """Write both splits in the chosen format; keys, labels, bytes and their order are kept."""
-    if config.shorter is not None and config.encode == "keep":
-        raise UsageError(
-            "Images cannot be scaled and keep their bytes.",
-            hint="Choose how the scaled images are stored with --encode.",
-            code="bad-option",
-        )
     stages: list[Stage] = []
     if config.encode != "keep":
         stages.append(Encode(config.encode, config.quality, config.shorter))
