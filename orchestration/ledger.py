@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +27,19 @@ class Ledger:
         """Commit a shard: from now on it is finished."""
         self.store.replace(f"{name}.json", seal(record))
 
-    def finished(self) -> dict[str, dict[str, Any]]:
-        """Records by shard name; one counts only if it is whole and its files have their sizes."""
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The records that are whole; a shard whose record is damaged is done again."""
         names = [info.name for info in self.store.files() if info.has("json")]
-        sizes = {info.name: info.bytes for info in self.artifact.files()} if names else {}
-        found = {}
         for data in self.store.read_many(names):
-            try:
-                record = unseal(data)
-            except ValueError:
-                continue  # damaged: the shard is done again
-            if all(sizes.get(entry["path"]) == entry["bytes"] for entry in record["files"]):
-                found[record["name"]] = record
-        return found
+            with suppress(ValueError):
+                yield unseal(data)
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """Records by shard name; one counts only if its files are there with their sizes."""
+        records = list(self.records())
+        sizes = {info.name: info.bytes for info in self.artifact.files()} if records else {}
+        return {
+            record["name"]: record
+            for record in records
+            if all(sizes.get(entry["path"]) == entry["bytes"] for entry in record["files"])
+        }

@@ -74,7 +74,9 @@ class Run:
         artifact = self._map(name, step, identity, source, stages, to, None)
         number = 1
         while Artifact.exists(self.out.below(f"{step}-retry{number}")):
-            artifact = Artifact.open(self.out.below(f"{step}-retry{number}"))
+            added = Artifact.open(self.out.below(f"{step}-retry{number}"))
+            # One that was added to what the step was before it was repaired is out of date.
+            artifact = added if added.adds_to(artifact) else artifact
             number += 1
         if self.retry is not None:
             chosen = in_quarantine(artifact, self.retry)
@@ -128,7 +130,7 @@ class Run:
                 folders.work.remove()
                 return base
             manifest["counts"] = _with_retried(base.manifest["counts"], source.retried, counts)
-            manifest |= {"base": base.name, "retried": source.retried}
+            manifest |= {"base": base.name, "base_sha256": base.sha256, "retried": source.retried}
         return Artifact.finish(folders.artifact, manifest)
 
     def fit(self, name: str, task: TrainingTask, **inputs: Source) -> Artifact:

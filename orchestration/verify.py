@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,12 +171,24 @@ def _check_memory(store: Store, name: str, findings: Findings) -> None:
 def set_aside(store: Store, damaged: Sequence[str]) -> None:
     """Move damaged files, and the manifests that vouch for them, to :data:`DAMAGED`.
 
-    What is left is the output of a run that was stopped: started again, it makes anew what is
-    missing and nothing else.
+    With a file go the others of its shard, which is done again as a whole. What is left is the
+    output of a run that was stopped: started again, it makes anew what is missing and nothing else.
     """
-    steps = {name.partition("/")[0] for name in damaged if "/" in name} - {WORK}
-    manifests = [MANIFEST, *(f"{step}/{MANIFEST}" for step in sorted(steps))]
-    for name in dict.fromkeys([*manifests, *damaged]):
+    steps = sorted({name.partition("/")[0] for name in damaged if "/" in name} - {WORK})
+    manifests = [MANIFEST, *(f"{step}/{MANIFEST}" for step in steps)]
+    others = [name for step in steps for name in _of_their_shards(store, step, set(damaged))]
+    for name in dict.fromkeys([*manifests, *damaged, *others]):
         if store.info(name) is not None:
             store.replace(f"{DAMAGED}{name}", store.read(name))
             store.delete(name)
+
+
+def _of_their_shards(store: Store, step: str, damaged: Set[str]) -> list[str]:
+    """The files of one step that are of a shard with a damaged file and of no other shard."""
+    try:
+        records = Artifact.open(store.below(step)).shards
+    except PipelineError:
+        records = list(Ledger(store.below(f"{WORK}/{step}/ledger"), store.below(step)).records())
+    files = [[f"{step}/{entry['path']}" for entry in record["files"]] for record in records]
+    shards = Counter(name for names in files for name in names)
+    return [n for names in files if damaged & {*names} for n in names if shards[n] == 1]

@@ -15,7 +15,7 @@ from pipeline.errors import UsageError
 from pipeline.orchestration.executor import executors
 from pipeline.orchestration.run import WORK, open_run
 from pipeline.recipes import recipes
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store, open_store
 
 log = logging.getLogger(__name__)
 COMMAND = "command.json"
@@ -113,8 +113,19 @@ def resume(out: str | Path, *, retry: Collection[str] | None = None) -> dict[str
         UsageError: nothing was run there.
     """
     store = open_store(out)
+    command = recorded(store)
+    return run(command.pop("recipe"), command.pop("dataset"), out=store.url, retry=retry, **command)
+
+
+def recorded(store: Store) -> dict[str, Any]:
+    """The arguments of :func:`run` that the output in ``store`` was made with.
+
+    Raises:
+        UsageError: nothing was run there.
+    """
     try:
-        command = json.loads(store.read(f"{WORK}/{COMMAND}"))
+        found: dict[str, Any] = json.loads(store.read(f"{WORK}/{COMMAND}"))
+        return found
     except (OSError, ValueError) as error:
         raise UsageError(
             "This folder does not say how it was made.",
@@ -123,7 +134,6 @@ def resume(out: str | Path, *, retry: Collection[str] | None = None) -> dict[str
             code="no-command",
             where=str(store),
         ) from error
-    return run(command.pop("recipe"), command.pop("dataset"), out=store.url, retry=retry, **command)
 
 
 def _configure(recipe: str, dataset: Dataset, values: Mapping[str, Any]) -> Config:

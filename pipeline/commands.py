@@ -6,19 +6,22 @@ the same as text.
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
+from collections.abc import Iterable
 from typing import Any
 
-from pipeline.api import resume
+from pipeline.api import recorded, resume
 from pipeline.errors import PipelineError
 from pipeline.orchestration.garbage import find_garbage
 from pipeline.orchestration.run import WORK
-from pipeline.orchestration.verify import Findings, is_manifest, set_aside, verify
+from pipeline.orchestration.verify import Findings, set_aside, verify
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.atomic import exclusive
 from pipeline.storage.store import Store, open_store
 from pipeline.terminal import human
 
+RETRY = re.compile(r"[^/]+-retry\d+/")
 Done = tuple[int, dict[str, Any], str]
 
 
@@ -31,14 +34,14 @@ def run_verify(options: Namespace) -> Done:
 def run_repair(options: Namespace) -> Done:
     """``pipeline repair``: take damaged files out, make them anew, look again."""
     store = open_store(options.path)
-    # Samples that were taken up from quarantine once are so again, or they would be lost.
-    retried = _retried(store)
     repaired: dict[str, str] = {}
+    recorded(store)  # refuses now what could not be made anew
     found = verify(store, 1.0)
     found.damaged |= dict.fromkeys(found.unfinished, "No finished shard vouches for it.")
     # A damaged manifest hides what is wrong with its files until it is made anew.
     while found.damaged and not set(found.damaged) & set(repaired):
         repaired |= found.damaged
+        retried = _retried(store, found.damaged)
         with exclusive(store.below(WORK)):
             set_aside(store, list(found.damaged))
         resume(options.path, retry=retried)
@@ -120,16 +123,16 @@ def readable(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _retried(store: Store) -> list[str] | None:
+def _retried(store: Store, damaged: Iterable[str]) -> list[str] | None:
+    """Reasons of the samples that damaged rounds of ``retry`` took up: they are so once more."""
+    rounds = {name.partition("/")[0] for name in damaged if RETRY.match(name)}
     reasons: set[str] = set()
-    for info in store.files():
-        if "/" in info.name and is_manifest(info.name):
-            try:
-                found = Artifact.open(store.below(info.name.partition("/")[0]))
-            except PipelineError:  # the damaged one: it is about to be made anew
-                continue
-            reasons |= set(found.manifest.get("retried", ()))
-    return sorted(reasons) or None
+    for step in rounds:
+        try:
+            reasons |= set(Artifact.open(store.below(step)).manifest["retried"])
+        except PipelineError:
+            return []  # which ones is not known any more: all
+    return sorted(reasons) if rounds else None
 
 
 def _findings(found: Findings) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.digest import dumps
 from pipeline.errors import RunError, UsageError
 from pipeline.storage.atomic import FileEntry, seal, unseal
 from pipeline.storage.formats import Format, formats
@@ -88,6 +90,11 @@ class Artifact:
         """Digest of the configuration and inputs that made this artifact."""
         return str(self.manifest["identity"])
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of what the manifest says: another one is another output, whatever made it."""
+        return hashlib.sha256(dumps(self.manifest)).hexdigest()
+
     @property
     def shards(self) -> list[Mapping[str, Any]]:
         """The shard records, in order; a run has none."""
@@ -103,6 +110,10 @@ class Artifact:
         """Every listed file by path; one that several shards share is there once."""
         groups = [self.manifest.get("files", ()), *(shard["files"] for shard in self.shards)]
         return {entry["path"]: FileEntry(**entry) for group in groups for entry in group}
+
+    def adds_to(self, base: Artifact) -> bool:
+        """Whether this artifact was made to add to ``base``, as that is now."""
+        return self.manifest.get("base_sha256") == base.sha256
 
     @property
     def products(self) -> Mapping[str, str]:
@@ -179,7 +190,15 @@ class ArtifactSource(Source):
                     code="damaged-manifest",
                     where=str(self.artifact.store),
                 )
-            found.insert(0, Artifact.open(self.artifact.store.beside(base)))
+            below = Artifact.open(self.artifact.store.beside(base))
+            if not found[0].adds_to(below):
+                raise RunError(
+                    f"The output that this one adds to ('{base}') is not the one that it was.",
+                    hint="'pipeline repair' on the run's folder brings both together again.",
+                    code="damaged-artifact",
+                    where=str(self.artifact.store),
+                )
+            found.insert(0, below)
         return tuple(found)
 
     @cached_property

@@ -18,6 +18,7 @@ from pipeline.errors import RunError
 from pipeline.orchestration.garbage import find_garbage
 from pipeline.orchestration.verify import verify
 from pipeline.storage.artifact import Artifact
+from pipeline.storage.open_source import open_source
 from pipeline.storage.store import open_store
 from pipeline.testing import tree_digest
 
@@ -213,6 +214,54 @@ def test_what_is_no_output_is_refused(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.fixture
+def recovered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """Of three files of a list the second came late, was taken up, and the third never came."""
+    (tmp_path / "list.txt").write_text("a.png\nb.png\nc.png")
+    (tmp_path / "a.png").write_bytes(encoded(pixels(1)[0]))
+    out = tmp_path / "out"
+    pipeline.run("convert", str(tmp_path / "list.txt"), out=out, max_bad=2)
+    (tmp_path / "b.png").write_bytes(encoded(pixels(1, seed=1)[0]))
+    assert command(capsys, "retry", str(out))[1]["train"]["out"] == 2
+    return out
+
+
+def test_repair_keeps_what_was_recovered(
+    recovered: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tree_digest(recovered)
+    flip(next(recovered.glob("train-*-retry1/*.tar")), 600 * 8)
+    assert command(capsys, "repair", str(recovered))[0] == 0
+    assert tree_digest(recovered) == before
+
+
+def test_what_was_added_to_another_output_is_not_added_twice(
+    recovered: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the time the first round is made anew, the second file is there from the start."""
+    first = next(p for p in recovered.glob("train-*") if "retry" not in p.name)
+    flip(next(first.glob("*.tar")), 600 * 8)
+    assert command(capsys, "repair", str(recovered))[0] == 0
+    (recovered.parent / "c.png").write_bytes(encoded(pixels(1, seed=2)[0]))
+    for keys in (["a.png", "b.png"], ["a.png", "b.png", "c.png"]):
+        source = open_source(recovered, "train")
+        assert source
+        assert [key for table in source.tables() for key in table["key"].to_pylist()] == keys
+        assert command(capsys, "verify", str(recovered), "--deep")[0] == 0
+        command(capsys, "retry", str(recovered))
+
+
+def test_what_cannot_be_made_anew_is_not_set_aside(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(out / ".run")
+    flip(next(path for path in listed(out) if path.name != "manifest.json"), 3)
+    before = tree_digest(out)
+    assert main(["repair", str(out)]) == 2
+    assert "no-command" in capsys.readouterr().err
+    assert tree_digest(out) == before
 
 
 def test_an_unfinished_run_has_no_garbage(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
