@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.inspect import find, type_name
+from pipeline.sample_index import PARTS, Digests, SampleIndex
 from pipeline.stages.decode import pixels_of
 from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.images import MAX_PIXELS, TimeLimit
@@ -19,15 +19,9 @@ from pipeline.storage.source import Source
 from pipeline.tensors import is_tensor, to_numpy
 from pipeline.terminal import flat, grid, printable
 
-Digests = npt.NDArray[np.uint64]
 Digester = Callable[[pa.ChunkedArray], list[bytes]]
-WHOLE, KEY, IMAGE, LABEL, OTHER = range(5)
-"""Columns of digests: of all that a sample is, and of its parts."""
-PARTS = {"image": IMAGE, "label": LABEL, "other": OTHER}
 ABOUT = ("kind", "dataset", "seed", "spec")
 """What manifests say of how an output was made, beside its configuration."""
-SHOWN = 5  # keys
-ODD = 0x9E3779B97F4A7C15  # 2 ** 64 over the golden ratio: its multiples lie far apart
 
 
 def diff(a: str, b: str, data: str | None = None) -> dict[str, Any]:
@@ -81,9 +75,6 @@ def diff(a: str, b: str, data: str | None = None) -> dict[str, Any]:
     }
 
 
-# What manifests tell
-
-
 def _listing(artifact: Artifact) -> tuple[Any, ...]:
     """All that an artifact's content depends on: equal listings are equal data."""
     table = artifact.manifest["kind"] == "table"
@@ -116,9 +107,6 @@ def _config(a: Artifact, b: Artifact) -> dict[str, list[Any]]:
     names = sorted({*sides[0], *sides[1]})
     pairs = {name: [side.get(name) for side in sides] for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-# What samples tell
 
 
 @dataclass(frozen=True)
@@ -170,7 +158,7 @@ def _split(a: Source, b: Source) -> dict[str, Any]:
     reader = _Reader(_digesters(schema_a, schema_b))
     named = a.classes != b.classes and _has_names(a.classes) and _has_names(b.classes)
     names = (a.classes, b.classes) if named else ((), ())
-    index = _Index.of(tables_a, replace(reader, names=names[0]))
+    index = SampleIndex.of(map(replace(reader, names=names[0]), tables_a))
     for keys, digests in map(replace(reader, names=names[1]), tables_b):
         index.match(keys, digests)
     rows = [index.rows, index.other_rows]
@@ -300,97 +288,6 @@ def _digest(value: Any) -> bytes:
     else:
         digest.update(b"none" if value is None else b"bytes " + value)
     return digest.digest()
-
-
-# Which sample is which
-
-
-@dataclass
-class _Index:
-    """The digests of one side, to which those of the other are held table by table.
-
-    Samples that are alike in everything are taken off both sides at once. What is left at the end
-    is paired by key; of several with one key, in the order of their digests.
-    """
-
-    keys: pa.ChunkedArray
-    digests: Digests
-    other_rows: int = 0
-    other_keys: list[pa.ChunkedArray] = field(default_factory=list)
-    others: list[Digests] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, tables: Iterable[pa.Table], reader: _Reader) -> _Index:
-        chunks, parts = [], [np.empty((0, 5), np.uint64)]
-        for keys, digests in map(reader, tables):
-            chunks += keys.chunks
-            parts.append(digests)
-        return cls(pa.chunked_array(chunks, pa.string()), np.concatenate(parts))
-
-    def __post_init__(self) -> None:
-        self.order = np.argsort(self.digests[:, WHOLE], kind="stable")
-        self.whole = self.digests[self.order, WHOLE]
-        # How many of those that are alike are taken, where the first of them stands.
-        self.taken = np.zeros(len(self.whole) + 1, np.uint32)
-
-    @property
-    def rows(self) -> int:
-        return len(self.digests)
-
-    def match(self, keys: pa.ChunkedArray, digests: Digests) -> None:
-        """Take off the samples that are on this side too, and keep the others."""
-        order = np.argsort(digests[:, WHOLE], kind="stable")
-        whole = digests[order, WHOLE]
-        low, high = (np.searchsorted(self.whole, whole, side) for side in ("left", "right"))
-        free = low + self.taken[low] + _occurrence(whole) < high
-        np.add.at(self.taken, low[free], 1)
-        rows = np.sort(order[~free])
-        self.other_rows += len(digests)
-        self.other_keys.append(keys.take(pa.array(rows)))
-        self.others.append(digests[rows])
-
-    def compare(self) -> dict[str, Any]:
-        """Number and first keys of the samples of one side and of those that differ, by part."""
-        first = np.searchsorted(self.whole, self.whole)
-        alike = _occurrence(self.whole) < self.taken[first]
-        rows = np.sort(self.order[~alike])
-        left, right = (
-            self.digests[rows],
-            np.concatenate([np.empty((0, 5), np.uint64), *self.others]),
-        )
-        keys = self.keys.take(pa.array(rows))
-        chunks = [chunk for part in self.other_keys for chunk in part.chunks]
-        other_keys = pa.chunked_array(chunks, pa.string())
-        _, mine, theirs = np.intersect1d(_slots(left), _slots(right), return_indices=True)
-        found = {
-            "only_a": _named(keys, np.setdiff1d(np.arange(len(left)), mine)),
-            "only_b": _named(other_keys, np.setdiff1d(np.arange(len(right)), theirs)),
-        }
-        for name, part in PARTS.items():
-            found[name] = _named(keys, np.sort(mine[left[mine, part] != right[theirs, part]]))
-        return found
-
-
-def _occurrence(ordered: Digests) -> npt.NDArray[np.intp]:
-    """How many equal values stand before each, in an ordered array."""
-    return np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
-
-
-def _slots(digests: Digests) -> Digests:
-    """A number for each sample from its key, and from its place among those with the same key."""
-    order = np.lexsort([digests[:, part] for part in (OTHER, IMAGE, LABEL, KEY)])
-    keys = digests[order, KEY]
-    slots: Digests = np.empty_like(keys)
-    slots[order] = keys + _occurrence(keys).astype(np.uint64) * np.uint64(ODD)
-    return slots
-
-
-def _named(keys: pa.ChunkedArray, rows: npt.NDArray[np.intp]) -> dict[str, Any]:
-    shown = keys.take(pa.array(rows[:SHOWN])).to_pylist()
-    return {"count": len(rows), "keys": shown}
-
-
-# The terminal
 
 
 def as_text(difference: Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ FRONT = {
     "loaders",
     "recipes",
     "report",
+    "sample_index",
     "sheet",
     "terminal",
 }
