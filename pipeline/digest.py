@@ -51,7 +51,12 @@ def _named(value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def dumps(value: Any) -> bytes:
     """JSON bytes of the canonical form: sorted keys, two-space indent, final newline."""
-    return (json.dumps(canonical(value), sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
+    encoder = json.JSONEncoder(sort_keys=True, indent=2, allow_nan=False)
+    # Piece by piece: the manifest of a million files is not to be in memory several times.
+    data = bytearray()
+    for piece in encoder.iterencode(canonical(value)):
+        data += piece.encode()
+    return bytes(data + b"\n")
 
 
 def digest(*values: Any) -> str:
