@@ -34,7 +34,7 @@ class Garbage:
 def find_garbage(store: Store, *, intermediate: bool = False) -> list[Garbage]:
     """The files in the output folder of a finished run that are no part of its output.
 
-    These are: what processes that died were writing, steps of earlier configurations, files that no
+    These are: what processes that died were writing, steps of other configurations, files that no
     manifest lists, and damaged files that were set aside.
 
     Args:
@@ -70,7 +70,7 @@ def find_garbage(store: Store, *, intermediate: bool = False) -> list[Garbage]:
             what = "listed in no manifest" if info.name in unlisted and folder in steps else None
         if folder in made | steps and folder not in SET_ASIDE:
             if folder not in steps:
-                what = "steps of earlier configurations"
+                what = "steps of other configurations"
             elif intermediate and folder not in products:
                 what = "intermediate steps"
         if what:

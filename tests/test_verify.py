@@ -168,7 +168,7 @@ def test_garbage_goes_only_when_told_to(
     assert (code, found["deleted"]) == (0, False)
     assert set(found["groups"]) == {
         "left by processes that died",
-        "steps of earlier configurations",
+        "steps of other configurations",
     }
     assert tree_digest(out) == before
     command(capsys, "gc", str(out), "--delete")
