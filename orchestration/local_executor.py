@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from pipeline.errors import UsageError
-from pipeline.orchestration.executor import Work, attempt
+from pipeline.orchestration.executor import Record, Resources, Unit, Work, attempt
 
 
 class LocalExecutor:
@@ -20,7 +19,7 @@ class LocalExecutor:
                 code="bad-executor-option",
             )
 
-    def run(self, work: Work, units: Sequence[str], threads: int) -> Iterator[dict[str, Any]]:
+    def run(self, work: Work, units: Iterable[Unit], resources: Resources) -> Iterator[Record]:
         for unit in units:
             yield attempt(work, unit)
 

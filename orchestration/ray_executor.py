@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import RunError
-from pipeline.orchestration.executor import Work, attempt
+from pipeline.orchestration.executor import Record, Resources, Unit, Work, attempt
 
 
 def _do(units: pa.Table, work: Work) -> pa.Table:
@@ -34,11 +34,15 @@ class RayExecutor:
         self._workers = workers
         self._ray: Any = None
 
-    def run(self, work: Work, units: Sequence[str], threads: int) -> Iterator[dict[str, Any]]:
+    def run(self, work: Work, units: Iterable[Unit], resources: Resources) -> Iterator[Record]:
+        threads = resources.threads
+        units = list(units)
         ray = self._start(threads)
         cpus = int(ray.cluster_resources().get("CPU", 1))
         workers = self._workers or max(1, cpus // threads)
-        rows = ray.data.from_arrow([pa.table({"unit": [unit]}) for unit in units]).map_batches(
+        rows = ray.data.from_items(
+            [{"unit": unit} for unit in units], override_num_blocks=len(units)
+        ).map_batches(
             # Tasks, not actors: Ray keeps a task's process for the next step, with all that it has
             # imported and loaded, while a pool of actors is started anew for each.
             _do,

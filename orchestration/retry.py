@@ -9,7 +9,7 @@ from functools import cached_property
 import pyarrow as pa
 
 from pipeline.digest import digest
-from pipeline.orchestration.steps import BAD_LABEL, DUPLICATE, tally
+from pipeline.orchestration.screen import BAD_LABEL, DUPLICATE, tally
 from pipeline.storage.artifact import Artifact, ArtifactSource, quarantine_file
 from pipeline.storage.parquet import read_table
 from pipeline.storage.source import Shard, Source

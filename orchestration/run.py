@@ -14,9 +14,10 @@ from typing import Any
 
 from pipeline.digest import canonical, digest, seed_for
 from pipeline.errors import PipelineError, RunError
-from pipeline.orchestration.executor import Executor, Work
+from pipeline.orchestration.executor import Executor, Resources, Unit, Work
+from pipeline.orchestration.fit import Fit, FitUnit, FitWork
 from pipeline.orchestration.retry import RetrySource, in_quarantine
-from pipeline.orchestration.steps import Fit, FitWork, MapWork, StepFolders
+from pipeline.orchestration.steps import MapWork, StepFolders, shard_units
 from pipeline.orchestration.training import TrainingTask
 from pipeline.stage import Stage
 from pipeline.storage.artifact import MANIFEST, Artifact, ArtifactSource, writer_spec
@@ -107,7 +108,7 @@ class Run:
             return self._found(name, folders)
         seed = seed_for(self.seed, name)
         work = MapWork(folders, source, tuple(stages), to, seed, self.threads)
-        records = self._execute(name, folders, work, [shard.name for shard in source.shards])
+        records = self._execute(name, folders, work, list(shard_units(source.shards, to)))
         offset = 0
         for record in records:
             record["offset"] = offset
@@ -145,7 +146,9 @@ class Run:
         if Artifact.exists(folders.artifact):
             return self._keep(self._found(name, folders))
         work = FitWork(folders, fits, seed, self.threads)
-        records = self._execute(name, folders, work, list(fits))
+        records = self._execute(
+            name, folders, work, [FitUnit(index, unit) for index, unit in enumerate(fits)]
+        )
         spec = canonical({unit: fit.task for unit, fit in fits.items()})
         manifest = {"kind": "models", "step": name, "identity": identity, "spec": spec}
         return self._keep(Artifact.finish(folders.artifact, {**manifest, "shards": records}))
@@ -194,16 +197,16 @@ class Run:
         return artifact
 
     def _execute(
-        self, name: str, folders: StepFolders, work: Work, units: Sequence[str]
+        self, name: str, folders: StepFolders, work: Work, units: Sequence[Unit]
     ) -> list[dict[str, Any]]:
         """Do the units that the ledger does not hold; their records in the order of ``units``."""
         records = folders.ledger.finished()
-        missing = [unit for unit in units if unit not in records]
+        missing = [unit for unit in units if unit.name not in records]
         if records:
             log.info("%s: %d of %d shards found finished", name, len(records), len(units))
         log.info("%s: %d shards to do", name, len(missing))
         errors = []
-        for record in self.executor.run(work, missing, self.threads) if missing else ():
+        for record in self.executor.run(work, missing, Resources(self.threads)) if missing else ():
             if "error" in record:
                 errors.append(record["error"])
                 log.error("%s: %s", name, errors[-1].pop("traceback", errors[-1]["message"]))
@@ -213,7 +216,7 @@ class Run:
             log.info("%s: %d of %d shards done", name, len(records), len(units))
         if errors:
             raise _failure(name, errors, units)
-        return [records[unit] for unit in units]
+        return [records[unit.name] for unit in units]
 
     def _check_bad(self, name: str, counts: Mapping[str, Any]) -> None:
         bad = sum(counts["quarantined"].values())
@@ -306,7 +309,7 @@ def add_counts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def _failure(name: str, errors: Sequence[Mapping[str, str]], units: Sequence[str]) -> RunError:
+def _failure(name: str, errors: Sequence[Mapping[str, str]], units: Sequence[Unit]) -> RunError:
     first = errors[0]
     message, where = first["message"], first["where"]
     if len(units) > 1:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate, repeat
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.device import reproducible
-from pipeline.digest import dumps, seed_for
 from pipeline.errors import RunError
+from pipeline.orchestration.executor import Record
 from pipeline.orchestration.ledger import Ledger
-from pipeline.orchestration.training import Checkpoint, TrainingTask, train
+from pipeline.orchestration.screen import screen, tally, with_reasons
+from pipeline.orchestration.training import Checkpoint
 from pipeline.stage import ShardContext, Stage
 from pipeline.storage.artifact import quarantine_file
 from pipeline.storage.atomic import publish
 from pipeline.storage.formats import Format, Region
-from pipeline.storage.models import write_model
 from pipeline.storage.parquet import write_table
 from pipeline.storage.source import Shard, Source
 from pipeline.storage.store import Store
-
-DUPLICATE = "duplicate-key"
-BAD_LABEL = "bad-label"
 
 
 @dataclass(frozen=True)
@@ -50,6 +43,46 @@ class StepFolders:
 
 
 @dataclass(frozen=True)
+class ShardUnit:
+    """One shard of a map step: what is read, and where in the output its rows will lie."""
+
+    index: int
+    shard: Shard
+    region: Region
+
+    @property
+    def name(self) -> str:
+        return self.shard.name
+
+
+def shard_units(shards: Sequence[Shard], writer: Format) -> Iterator[ShardUnit]:
+    """The units of a map step, in order.
+
+    Raises:
+        RunError: the format needs shards of one known size, and these are not.
+    """
+    # Where row counts are unknown, formats that need no regions get meaningless ones.
+    most, total = _regular_rows(shards, writer.name) if writer.regular else (0, 0)
+    offset = 0
+    for index, shard in enumerate(shards):
+        yield ShardUnit(index, shard, Region(shard.name, offset, most, total))
+        offset += shard.rows or 0
+
+
+def _regular_rows(shards: Sequence[Shard], name: str) -> tuple[int, int]:
+    """Rows of every shard but the last, and of all."""
+    rows = [shard.rows for shard in shards]
+    known = [count for count in rows if count is not None]
+    if len(known) < len(rows) or len({*known[:-1]}) > 1 or known[-1:] > known[:1]:
+        raise RunError(
+            f"The format '{name}' needs shards of one known size.",
+            hint="Write this data set as parquet or webdataset.",
+            code="ragged-shards",
+        )
+    return (known[0] if known else 0), sum(known)
+
+
+@dataclass(frozen=True)
 class MapWork:
     """Runs the stages of a map step on one shard."""
 
@@ -60,27 +93,9 @@ class MapWork:
     seed: int
     threads: int
 
-    @cached_property
-    def _plan(self) -> dict[str, tuple[Shard, Region]]:
-        shards = self.source.shards
-        rows = [shard.rows or 0 for shard in shards]
-        ragged = None in {s.rows for s in shards} or len({*rows[:-1]}) > 1 or rows[-1:] > rows[:1]
-        if self.writer.regular and ragged:
-            raise RunError(
-                f"The format '{self.writer.name}' needs shards of one known size.",
-                hint="Write this data set as parquet or webdataset.",
-                code="ragged-shards",
-            )
-        # Where row counts are unknown, formats that need no regions get meaningless ones.
-        ends = list(accumulate(rows))
-        return {
-            shard.name: (shard, Region(shard.name, end - count, rows[0], ends[-1]))
-            for shard, count, end in zip(shards, rows, ends, strict=True)
-        }
-
-    def __call__(self, unit: str) -> dict[str, Any]:
-        shard, region = self._plan[unit]
-        context = ShardContext(unit, self.seed)
+    def __call__(self, unit: ShardUnit) -> Record:
+        shard, region = unit.shard, unit.region
+        context = ShardContext(unit.name, self.seed)
         with reproducible(self.threads), self.folders.work.scratch() as folder:
             given = self.source.read(shard)
             table, bad = screen(given, self.source)
@@ -97,11 +112,12 @@ class MapWork:
                 self.writer.write(table, folder, region)
             bad = pa.concat_tables([bad, _set_aside(given, context)])
             if bad.num_rows:
-                path = folder / quarantine_file(unit)
+                path = folder / quarantine_file(unit.name)
                 path.parent.mkdir(exist_ok=True)
                 write_table(bad, path)
             record = {
-                "name": unit,
+                "index": unit.index,
+                "name": unit.name,
                 "rows": table.num_rows,
                 "bytes": table.nbytes,
                 "offset": region.offset,
@@ -114,107 +130,8 @@ class MapWork:
                 },
                 "metrics": context.metrics,
             }
-        self.folders.ledger.write(unit, record)
+        self.folders.ledger.write(unit.name, record)
         return record
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A training task and the sources it learns from, by the name the task knows them by."""
-
-    task: TrainingTask
-    inputs: Mapping[str, Source] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class FitWork:
-    """Trains one model of a fit step."""
-
-    folders: StepFolders
-    fits: Mapping[str, Fit]
-    seed: int
-    threads: int
-
-    def __call__(self, unit: str) -> dict[str, Any]:
-        fit = self.fits[unit]
-        checkpoint = self.folders.checkpoint(unit)
-        with reproducible(self.threads), self.folders.work.scratch() as folder:
-            inputs = {
-                name: pa.concat_tables(source.tables()) for name, source in fit.inputs.items()
-            }
-            result = train(fit.task, inputs, seed_for(self.seed, unit), checkpoint)
-            (folder / unit).mkdir()
-            write_model(folder / unit, result.training.model, result.training.spec)
-            (folder / unit / "history.json").write_bytes(dumps({"loss": result.losses}))
-            record = {
-                "name": unit,
-                "files": [vars(entry) for entry in publish(folder, self.folders.artifact)],
-                "metrics": result.metrics,
-            }
-        self.folders.ledger.write(unit, record)
-        checkpoint.delete()
-        return record
-
-
-def screen(table: pa.Table, source: Source) -> tuple[pa.Table, pa.Table]:
-    """Split what a source gave into samples, and rows that are none with ``reason`` and ``detail``.
-
-    Not a sample is a row with an ``error`` (``unreadable``), one without image or label where the
-    source has such (``no-image``, ``no-label``), with a label that no class has (``bad-label``), or
-    with the key of an earlier row of its shard (``duplicate-key``).
-
-    Raises:
-        RunError: not one label belongs to a class, so that the class names must be wrong.
-    """
-    problems: dict[int, tuple[str, str]] = {}
-    for rows, reason, details in _problems(table, len(source.classes)):
-        for row, detail in zip(rows, details, strict=False):
-            problems.setdefault(row, (reason, detail))
-    bad = sorted(problems)
-    good = table
-    if bad:
-        every = pa.array(range(table.num_rows), pa.int64())
-        good = table.filter(pc.invert(pc.is_in(every, pa.array(bad, pa.int64()))))
-    if "error" in table.column_names:
-        good = good.drop_columns(["error"])
-    return good, _with_reasons(table, bad, [problems[row] for row in bad])
-
-
-def _problems(table: pa.Table, classes: int) -> Iterator[tuple[Sequence[int], str, Iterable[str]]]:
-    """Rows, reason and details of what is wrong; of a row with several the first counts."""
-    names = set(table.column_names)
-    if "error" in names:
-        rows = pc.indices_nonzero(pc.is_valid(table["error"])).to_pylist()
-        yield rows, "unreadable", table["error"].take(pa.array(rows, pa.int64())).to_pylist()
-    if "image" in names:
-        yield _rows(pc.is_null(table["image"])), "no-image", repeat("The sample has no image.")
-    if "label" in names and classes:
-        labels, missing = table["label"], pc.is_null(table["label"])
-        yield _rows(missing), "no-label", repeat("The sample has no label.")
-        wrong = pc.fill_null(pc.or_(pc.less(labels, 0), pc.greater_equal(labels, classes)), False)
-        # Of one sample alone it cannot be told whether it or the list of names is wrong.
-        if len(table) > 1 and pc.any(wrong).as_py() and pc.all(pc.or_(wrong, missing)).as_py():
-            raise _wrong_labels(labels, classes)
-        yield _rows(wrong), "bad-label", repeat(f"Labels go from 0 to {classes - 1}.")
-    if "key" in names:
-        keys = table["key"].to_pylist()
-        if len(set(keys)) < len(keys):
-            first = {key: row for row, key in reversed(list(enumerate(keys)))}
-            again = [row for row, key in enumerate(keys) if first[key] != row]
-            yield again, DUPLICATE, repeat("An earlier sample of the shard has this key.")
-
-
-def _rows(mask: Any) -> list[int]:
-    return cast("list[int]", pc.indices_nonzero(mask).to_pylist())
-
-
-def _wrong_labels(labels: pa.ChunkedArray, classes: int) -> RunError:
-    low, high = pc.min_max(labels).as_py().values()
-    return RunError(
-        f"The labels of this shard are from {low} to {high}; there are {classes} classes.",
-        hint="Labels count from 0; name every class in classes.txt, one a line.",
-        code="bad-labels",
-    )
 
 
 def _set_aside(given: pa.Table, context: ShardContext) -> pa.Table:
@@ -230,15 +147,7 @@ def _set_aside(given: pa.Table, context: ShardContext) -> pa.Table:
                 code="lost-samples",
             )
     rows = [row_of[item["key"]] for item in context.bad]
-    return _with_reasons(given, rows, [(i["reason"], i["detail"]) for i in context.bad])
-
-
-def _with_reasons(table: pa.Table, rows: list[int], problems: list[tuple[str, str]]) -> pa.Table:
-    chosen = table.take(pa.array(rows, pa.int64()))
-    for index, name in enumerate(("reason", "detail")):
-        column = pa.array([problem[index] for problem in problems], pa.string())
-        chosen = chosen.append_column(name, column)
-    return chosen
+    return with_reasons(given, rows, [(i["reason"], i["detail"]) for i in context.bad])
 
 
 def _apply(stage: Stage, table: pa.Table, context: ShardContext) -> pa.Table:
@@ -253,8 +162,3 @@ def _apply(stage: Stage, table: pa.Table, context: ShardContext) -> pa.Table:
             code="lost-samples",
         )
     return result
-
-
-def tally(reasons: Sequence[str]) -> dict[str, int]:
-    """How often each reason is there, by reason."""
-    return {reason: reasons.count(reason) for reason in sorted(set(reasons))}

@@ -21,7 +21,7 @@ from PIL import Image
 
 from pipeline.datasets import DatasetInfo, find_dataset
 from pipeline.errors import PipelineError, RunError, UsageError
-from pipeline.orchestration.steps import screen
+from pipeline.orchestration.screen import screen
 from pipeline.stage import ShardContext
 from pipeline.stages.decode import each_image, pixels_of
 from pipeline.storage.arrays import ArraySource

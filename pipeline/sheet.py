@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.errors import UsageError
 from pipeline.inspect import ROW, UNREADABLE, image_facts, numbered
-from pipeline.orchestration.steps import screen
+from pipeline.orchestration.screen import screen
 from pipeline.report import contact_sheet
 from pipeline.stage import ShardContext
 from pipeline.stages.decode import Decode

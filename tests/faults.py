@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, ClassVar
 import pyarrow as pa
 from samples import encoded, pixels
 
-from pipeline.orchestration.executor import Executor, Work, attempt
+from pipeline.orchestration.executor import Executor, Record, Resources, Unit, Work, attempt
 from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.run import Run, open_run
 from pipeline.stage import ShardContext
@@ -247,9 +247,9 @@ FORMATS: dict[str, Format] = {
 class Noting:
     """An executor in this process that keeps the work it was given."""
 
-    work: list[tuple[Work, str]] = field(default_factory=list)
+    work: list[tuple[Work, Unit]] = field(default_factory=list)
 
-    def run(self, work: Work, units: Sequence[str], threads: int) -> Iterator[dict[str, Any]]:
+    def run(self, work: Work, units: Iterable[Unit], resources: Resources) -> Iterator[Record]:
         for unit in units:
             self.work.append((work, unit))
             yield attempt(work, unit)

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pipeline.errors import RunError
-from pipeline.orchestration.executor import Work, attempt
+from pipeline.orchestration.executor import Unit, Work, attempt
 from pipeline.orchestration.retry import in_quarantine
 from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.object_store import ObjectStore
@@ -313,7 +313,7 @@ class Commit(RuleBasedStateMachine):
     @initialize(fmt=st.sampled_from(sorted(FORMATS)))
     def begin(self, fmt: str) -> None:
         self.store, self.fmt = self.make(), fmt
-        self.late: list[tuple[Work, str]] = []
+        self.late: list[tuple[Work, Unit]] = []
         self.finished = False
         self.gone: list[Faults] = []
 

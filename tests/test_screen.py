@@ -12,7 +12,7 @@ from layouts import InMemory
 from samples import image_table, local_run
 
 from pipeline.errors import RunError
-from pipeline.orchestration.steps import screen
+from pipeline.orchestration.screen import screen
 from pipeline.storage.artifact import ArtifactSource
 from pipeline.storage.parquet import ParquetFormat, read_table
 from pipeline.storage.source import ROW

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from samples import folder_of, keyed, local_run
 
 from pipeline.errors import RunError
-from pipeline.orchestration.executor import Work, attempt
+from pipeline.orchestration.executor import Record, Resources, Unit, Work, attempt
 from pipeline.orchestration.ledger import Ledger
 from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.run import Run, add_counts, open_run
@@ -69,8 +69,8 @@ class Sieve:
 class Backwards:
     """An executor that begins at the end."""
 
-    def run(self, work: Work, units: Sequence[str], threads: int) -> Iterator[dict[str, Any]]:
-        for unit in reversed(units):
+    def run(self, work: Work, units: Iterable[Unit], resources: Resources) -> Iterator[Record]:
+        for unit in reversed(list(units)):
             yield attempt(work, unit)
 
     def close(self) -> None:

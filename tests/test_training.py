@@ -24,7 +24,7 @@ from pipeline.device import reproducible
 from pipeline.digest import digest
 from pipeline.errors import RunError
 from pipeline.orchestration import training
-from pipeline.orchestration.steps import Fit
+from pipeline.orchestration.fit import Fit
 from pipeline.orchestration.training import Checkpoint, Trained, train
 from pipeline.storage.models import read_model, read_spec
 from pipeline.storage.source import TableSource

@@ -24,8 +24,8 @@ from pipeline.dataset_distill.student import Student
 from pipeline.datasets import Dataset
 from pipeline.digest import digest
 from pipeline.errors import RunError, UsageError
+from pipeline.orchestration.fit import Fit
 from pipeline.orchestration.run import Run
-from pipeline.orchestration.steps import Fit
 from pipeline.recipes import Recipe
 from pipeline.recipes.distill_report import evaluation_table, report
 from pipeline.stages.decode import Decode
