@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -38,11 +38,16 @@ class LabelledImages:
         """Batches an epoch; a last, smaller batch is left out unless it is the only one."""
         return max(1, len(self) // batch_size)
 
-    def epoch_rows(self, seed: int, epoch: int, batch_size: int) -> Iterator[Tensor]:
-        """Shuffled rows of an epoch, in batches."""
-        generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
-        order = torch.randperm(len(self), generator=generator).to(self.labels.device)
-        yield from torch.split(order, batch_size)[: self.steps(batch_size)]
+    def rows(self, seed: int, epoch: int, index: int, batch_size: int) -> Tensor:
+        """Rows of one batch of an epoch, in which each is in at most one."""
+        order = _order(len(self), seed, epoch, self.labels.device)
+        return order[index * batch_size : (index + 1) * batch_size]
+
+
+@lru_cache(maxsize=1)  # of the epoch in progress
+def _order(rows: int, seed: int, epoch: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
+    return torch.randperm(rows, generator=generator).to(device)
 
 
 def accuracy(model: nn.Module, data: LabelledImages) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -43,7 +43,16 @@ class Squeeze:
     classes: int
     weights: Weights | None = None
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
+
+    @property
+    def given(self) -> bool:
+        """Whether the weights are given, so that there is nothing to train."""
+        return bool(self.weights or self.config.weights)
+
+    @property
+    def workers(self) -> int:
+        return 1 if self.given else self.config.train.workers
 
     def network(self) -> nn.Module:
         """The network before training, with its weights where some were given.
@@ -73,7 +82,7 @@ class Squeeze:
     ) -> SqueezeTraining:
         model = self.network()
         train = self.config.train
-        if self.weights or self.config.weights:
+        if self.given:
             train = train.model_copy(update={"epochs": 0})
         sets = {name: LabelledImages.of(t, self.image, device) for name, t in inputs.items()}
         return SqueezeTraining(model.to(device), train, self, sets, seed)
@@ -97,15 +106,15 @@ class SqueezeTraining:
     def steps(self) -> int:
         return self.sets["train"].steps(self.config.batch_size) if "train" in self.sets else 0
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         data = self.sets["train"]
-        generator = torch.Generator().manual_seed(seed_for(self.seed, "augment", epoch))
-        for rows in data.epoch_rows(self.seed, epoch, self.config.batch_size):
-            x = shifted(data.images[rows], self.task.image.size // 8, generator)
-            if self.task.image.flip:
-                mirrored = torch.rand(len(x), generator=generator).to(x.device) < 0.5
-                x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-            yield x, data.labels[rows]
+        rows = data.rows(self.seed, epoch, index, self.config.batch_size)
+        generator = torch.Generator().manual_seed(seed_for(self.seed, "augment", epoch, index))
+        x = shifted(data.images[rows], self.task.image.size // 8, generator)
+        if self.task.image.flip:
+            mirrored = torch.rand(len(x), generator=generator).to(x.device) < 0.5
+            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        return x, data.labels[rows]
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, labels = batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,7 +34,11 @@ class Student:
     image: ImageConfig
     classes: int
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
+
+    @property
+    def workers(self) -> int:
+        return self.config.train.workers
 
     def prepare(
         self, inputs: Mapping[str, pa.Table], seed: int, device: torch.device
@@ -69,12 +73,11 @@ class StudentTraining:
     def steps(self) -> int:
         return self.train.steps(self.config.batch_size)
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        number = epoch % self.logits.shape[1]
-        for rows in self.train.epoch_rows(self.seed, epoch, self.config.batch_size):
-            view = torch.full_like(rows, number)
-            x = render(self.train.images, self.views, rows, view)
-            yield x, self.logits[rows, view].float()
+    def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        rows = self.train.rows(self.seed, epoch, index, self.config.batch_size)
+        view = torch.full_like(rows, epoch % self.logits.shape[1])
+        x = render(self.train.images, self.views, rows, view)
+        return x, self.logits[rows, view].float()
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, target = batch

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import errno
+import random
+import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pydantic import Field
+
+from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.registry import Registry
-from pipeline.storage.store import storage_error
+from pipeline.storage.store import Store, storage_error
+
+PAUSES = (1.0, 4.0)
+"""Seconds before a unit is tried again after an infrastructure error, give or take a half."""
+
+PASSING = {
+    errno.EAGAIN,
+    errno.EBUSY,  # s3fs: slow down, service unavailable
+    errno.EIO,
+    errno.EINTR,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETRESET,
+    errno.ENETUNREACH,
+    errno.ESTALE,  # NFS
+    getattr(errno, "EREMOTEIO", errno.EIO),  # s3fs: internal error
+}
+"""Errors of disks and networks that may be gone at the next try."""
+
+CONNECTION = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "IncompleteRead"}
+"""Base classes of what aiohttp, botocore and http.client raise where a connection broke."""
+
+KILLS = "kills-worker"
+"""Code of the error of a unit that killed its worker each time it was tried."""
 
 
 class Unit(Protocol):
     """One piece of work: picklable, and all that a worker needs to know of it."""
+
+    @property
+    def index(self) -> int:
+        """Its place in the step, from 0."""
 
     @property
     def name(self) -> str:
@@ -26,28 +58,38 @@ Work = Callable[[Any], Record]
 """Does one unit and returns its record. Picklable."""
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one unit of a step needs.
+class Resources(Config):
+    """What one unit of a step needs."""
 
-    Attributes:
-        threads: CPU threads. Part of the step's identity: the sums of floats depend on them.
-        gpus: GPUs, or the share of one: with 0.5 two units work on a GPU at a time.
-        memory: bytes of main memory that Ray sets aside; 0 leaves it unsaid.
-        workers: units at a time; as many as there is room for where not given.
-    """
-
-    threads: int = 1
-    gpus: float = 0.0
-    memory: int = 0
-    workers: int | None = None
+    threads: int = Field(1, ge=1, description="CPU threads; the sums of floats depend on them")
+    gpus: float = Field(0.0, ge=0, description="GPUs, or the share of one: two units with 0.5 each")
+    memory: int = Field(0, ge=0, description="bytes of main memory that Ray sets aside; 0: unsaid")
+    workers: int | None = Field(None, ge=1, description="units at a time; else as many as fit")
 
 
 class Executor(Protocol):
     """Runs units of work and yields what each returned, in any order."""
 
     def run(self, work: Work, units: Iterable[Unit], resources: Resources) -> Iterator[Record]:
-        """Do every unit, and yield one record for each; its ``name`` is the unit's."""
+        """Do every unit, and yield one record for each; its ``name`` is the unit's.
+
+        Raises:
+            RunError: no worker there will ever have the resources, or none is left.
+        """
+
+    def train(self, work: Any, unit: Any, workers: int, resources: Resources) -> Record:
+        """Train one model on several workers at once: a ``FitUnit`` of a ``FitWork``.
+
+        Raises:
+            UsageError: this executor has one worker.
+        """
+
+    def check_output(self, out: Store) -> None:
+        """Make sure that every worker writes where this process reads.
+
+        Raises:
+            RunError: a worker does not see ``out``, or cannot do this work.
+        """
 
     def close(self) -> None:
         """Let go of processes and connections."""
@@ -63,25 +105,57 @@ executors: Registry[Callable[..., Executor]] = Registry(
 
 
 def attempt(work: Work, unit: Unit) -> Record:
-    """Do one unit; an error becomes a record, so that the other units go on."""
-    try:
-        return work(unit)
-    except PipelineError as error:
-        return _told(error, unit.name)
-    except OSError as error:
-        told = _told(storage_error(error), unit.name)
+    """Do one unit; an error becomes a record, so that the other units go on.
+
+    What a disk or a network failed to do is tried again, with a pause; nothing else is.
+    """
+    pauses = iter(PAUSES)
+    while True:
+        try:
+            return work(unit)
+        # Any error of a plug-in is reported with its shard.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
+            pause = next(pauses, None) if is_passing(error) else None
+            if pause is None:
+                return failed(error, unit.name)
+        # Not all workers at the same time: they may have failed together.
+        time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether infrastructure failed in a way that the next try may not meet again."""
+    while isinstance(error, PipelineError):
+        # A store says in its own words what a disk or a network said.
+        if error.code != "storage-error" or error.__cause__ is None:
+            return False
+        error = error.__cause__
+    if isinstance(error, OSError) and error.errno in PASSING:
+        return True
+    # By number where a web server answered, as aiohttp and gcsfs have it.
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if isinstance(status, int) and (status in {408, 429} or 500 <= status < 600):
+        return True
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, (ConnectionError, TimeoutError)) or not CONNECTION.isdisjoint(kinds)
+
+
+def failed(error: BaseException, unit: str) -> Record:
+    """The record of a unit that ended with an error."""
+    if isinstance(error, PipelineError):
+        return _told(error, unit)
+    if isinstance(error, OSError):
+        told = _told(storage_error(error), unit)
         return {**told, "error": {**told["error"], "traceback": _traceback(error)}}
-    except Exception as error:  # noqa: BLE001 - any error of a plug-in is reported with its shard
-        return {
-            "name": unit.name,
-            "error": {
-                "message": f"{type(error).__name__}: {error}.",
-                "hint": "The file .run/log.txt in the output folder holds the traceback.",
-                "code": "stage-failed",
-                "where": unit.name,
-                "traceback": _traceback(error),
-            },
-        }
+    return {
+        "name": unit,
+        "error": {
+            "message": f"{type(error).__name__}: {error}.",
+            "hint": "'pipeline logs' on the output folder shows the traceback.",
+            "code": "stage-failed",
+            "where": unit,
+            "traceback": _traceback(error),
+        },
+    }
 
 
 def _told(error: PipelineError, unit: str) -> Record:

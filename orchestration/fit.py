@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,7 +11,8 @@ import pyarrow as pa
 from pipeline.device import reproducible
 from pipeline.digest import dumps, seed_for
 from pipeline.orchestration.executor import Record
-from pipeline.orchestration.steps import StepFolders
+from pipeline.orchestration.group import ALONE, Group
+from pipeline.orchestration.steps import StepFolders, timed
 from pipeline.orchestration.training import TrainingTask, train
 from pipeline.storage.atomic import publish
 from pipeline.storage.models import write_model
@@ -35,22 +37,40 @@ class FitUnit:
 
 @dataclass(frozen=True)
 class FitWork:
-    """Trains one model of a fit step."""
+    """Trains one model of a fit step.
+
+    Attributes:
+        folders: of the step.
+        fits: what to train, by the name of the unit.
+        seed: of the step.
+        threads: CPU threads of one worker.
+        checkpoint_seconds: time between two checkpoints; 0 writes one after every step.
+    """
 
     folders: StepFolders
     fits: Mapping[str, Fit]
     seed: int
     threads: int
+    checkpoint_seconds: float = 600.0
 
-    def __call__(self, unit: FitUnit) -> Record:
-        name = unit.name
+    def __call__(self, unit: FitUnit, group: Group = ALONE) -> Record:
+        """Train a model, and publish it; of several workers the first one does, others say nothing.
+
+        Args:
+            unit: the model.
+            group: the workers that train it; each makes this very call.
+        """
+        began, name = time.monotonic(), unit.name
         fit = self.fits[name]
         checkpoint = self.folders.checkpoint(name)
         with reproducible(self.threads), self.folders.work.scratch() as folder:
             inputs = {
                 role: pa.concat_tables(source.tables()) for role, source in fit.inputs.items()
             }
-            result = train(fit.task, inputs, seed_for(self.seed, name), checkpoint)
+            seed = seed_for(self.seed, name)
+            result = train(fit.task, inputs, seed, checkpoint, self.checkpoint_seconds, group)
+            if not group.first:
+                return {}
             (folder / name).mkdir()
             write_model(folder / name, result.training.model, result.training.spec)
             (folder / name / "history.json").write_bytes(dumps({"loss": result.losses}))
@@ -59,7 +79,8 @@ class FitWork:
                 "name": name,
                 "files": [vars(entry) for entry in publish(folder, self.folders.artifact)],
                 "metrics": result.metrics,
+                **timed(began),
             }
-        self.folders.ledger.write(name, record)
+        self.folders.ledger.write(record)
         checkpoint.delete()
         return record

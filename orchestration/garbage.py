@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.errors import UsageError
-from pipeline.orchestration.run import WORK
+from pipeline.orchestration.run import PLAN, WORK
+from pipeline.orchestration.snapshots import FOLDER, REPORT, open_snapshot, snapshots
 from pipeline.orchestration.verify import verify
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.store import FileInfo, Store
@@ -31,7 +32,9 @@ class Garbage:
         return sum(file.bytes for file in self.files)
 
 
-def find_garbage(store: Store, *, intermediate: bool = False) -> list[Garbage]:
+def find_garbage(
+    store: Store, *, intermediate: bool = False, expired: bool = False
+) -> list[Garbage]:
     """The files in the output folder of a finished run that are no part of its output.
 
     These are: what processes that died were writing, steps of other configurations, files that no
@@ -41,6 +44,7 @@ def find_garbage(store: Store, *, intermediate: bool = False) -> list[Garbage]:
         store: what was given with ``--out``.
         intermediate: also the steps that led to the products and are no products themselves. The
             same command would make them again.
+        expired: also earlier snapshots, with the steps that only they need.
 
     Raises:
         UsageError: no run was finished there. Then nothing is garbage: the next start needs it.
@@ -53,13 +57,16 @@ def find_garbage(store: Store, *, intermediate: bool = False) -> list[Garbage]:
             code="unfinished-run",
             where=str(store),
         )
-    run = Artifact.open(store)
-    steps = set(run.manifest["steps"])
-    products = {name.partition("/")[0] for name in run.files if "/" in name}
+    runs = [open_snapshot(store, number) for number in [None, *snapshots(store)]]
+    kept = runs[:1] if expired else runs
+    steps = {step for run in kept for step in run.manifest["steps"]}
+    old = {step for run in runs for step in run.manifest["steps"]} - steps
+    products = {entry.path.partition("/")[0] for run in kept for entry in run.own} - {REPORT}
     unlisted = set(verify(store).unlisted)
     files = store.files()
     # A folder that no run has made is the user's own, whatever it holds.
-    made = {f.name.split("/")[1] for f in files if f.name.startswith(f"{WORK}/") and "/" in f.name}
+    plans = [f.name.split("/") for f in files if f.name.startswith(f"{WORK}/")]
+    made = {parts[1] for parts in plans if parts[2:] == [PLAN]}
     groups: dict[str, list[FileInfo]] = {}
     for info in files:
         folder, _, rest = info.name.partition("/")
@@ -68,7 +75,9 @@ def find_garbage(store: Store, *, intermediate: bool = False) -> list[Garbage]:
             folder = rest.partition("/")[0] if "/" in rest else ""
         else:
             what = "listed in no manifest" if info.name in unlisted and folder in steps else None
-        if folder in made | steps and folder not in SET_ASIDE:
+        if folder in old or (expired and folder == FOLDER and rest):
+            what = "earlier snapshots"
+        elif folder in made | steps and folder not in SET_ASIDE:
             if folder not in steps:
                 what = "steps of other configurations"
             elif intermediate and folder not in products:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.orchestration.executor import Record, Resources, Unit, Work, attempt
+from pipeline.storage.store import Store
 
 
 class LocalExecutor:
-    """Runs everything in this process."""
+    """Runs everything in this process: a unit that kills its worker kills the run."""
 
     def __init__(self, address: str | None = None, workers: int | None = None) -> None:
         if address or workers:
@@ -22,6 +24,16 @@ class LocalExecutor:
     def run(self, work: Work, units: Iterable[Unit], resources: Resources) -> Iterator[Record]:
         for unit in units:
             yield attempt(work, unit)
+
+    def train(self, work: Any, unit: Any, workers: int, resources: Resources) -> Record:
+        raise UsageError(
+            f"A training with {workers} workers runs on Ray.",
+            hint="Add --executor ray, or set the training's workers to 1.",
+            code="needs-ray",
+        )
+
+    def check_output(self, out: Store) -> None:
+        """The only worker is this process."""
 
     def close(self) -> None:
         """Nothing is held."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import pyarrow as pa
@@ -11,6 +11,7 @@ import pyarrow as pa
 from pipeline.digest import digest
 from pipeline.orchestration.screen import BAD_LABEL, DUPLICATE, tally
 from pipeline.storage.artifact import Artifact, ArtifactSource, quarantine_file
+from pipeline.storage.atomic import FileEntry
 from pipeline.storage.parquet import read_table
 from pipeline.storage.source import Shard, Source
 
@@ -47,17 +48,20 @@ class RetrySource(Source):
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
         shards = []
-        for index, shard in enumerate(self.base.shards):
+        for shard in self.base.shards:
             if shard.name in self.chosen:
                 identity = digest(shard.identity, self.chosen[shard.name], self.number)
                 # A round that chose other samples and was stopped left shards of other names.
                 name = f"{shard.name}-retry{self.number}-{identity[:8]}"
-                shards.append(Shard(name, identity, location={"base": index}))
+                place = {"base": asdict(shard), "keys": [key for key, _ in self.chosen[shard.name]]}
+                shards.append(Shard(name, identity, location=place))
         return tuple(shards)
 
+    def lean(self) -> RetrySource:
+        return replace(self, base=self.base.lean(), chosen={})
+
     def read(self, shard: Shard) -> pa.Table:
-        base = self.base.shards[shard.location["base"]]
-        table = self.base.take(base, [key for key, _ in self.chosen[base.name]])
+        table = self.base.take(Shard(**shard.location["base"]), shard.location["keys"])
         # Later rows of the same key are accounted for already, as duplicates.
         first = {key: row for row, key in reversed(list(enumerate(table["key"].to_pylist())))}
         return table.take(pa.array(sorted(first.values()), pa.int64()))
@@ -76,12 +80,12 @@ def in_quarantine(artifact: Artifact, reasons: Collection[str]) -> dict[str, lis
     for number, part in enumerate(ArtifactSource(artifact).artifacts):
         taken_up = part.manifest.get("retried", {})
         found = {place: reason for place, reason in found.items() if reason not in taken_up}
-        for record in part.shards:
+        for record in part.records():
             shard = record["name"].rpartition(f"-retry{number}-")[0] if number else record["name"]
             for entry in record["files"]:
                 if entry["path"] != quarantine_file(record["name"]):
                     continue
-                with part.checked([entry["path"]]) as folder:
+                with part.checked([FileEntry(**entry)]) as folder:
                     rows = read_table(folder / entry["path"]).select(["key", "reason"])
                 for key, reason in zip(*rows.to_pydict().values(), strict=True):
                     if reason not in SETTLED:

@@ -2,34 +2,65 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import tempfile
-import time
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline.digest import canonical, digest, seed_for
-from pipeline.errors import PipelineError, RunError
-from pipeline.orchestration.executor import Executor, Resources, Unit, Work
+from pipeline.errors import RunError
+from pipeline.orchestration import snapshots
+from pipeline.orchestration.adopt import adopt, earlier, known_shards
+from pipeline.orchestration.execute import Do, execute, finished
+from pipeline.orchestration.executor import Executor, Record, Resources, Unit
 from pipeline.orchestration.fit import Fit, FitUnit, FitWork
+from pipeline.orchestration.live import hold
+from pipeline.orchestration.logs import run_log
+from pipeline.orchestration.progress import Progress
 from pipeline.orchestration.retry import RetrySource, in_quarantine
 from pipeline.orchestration.steps import MapWork, StepFolders, shard_units
 from pipeline.orchestration.training import TrainingTask
 from pipeline.stage import Stage
 from pipeline.storage.artifact import MANIFEST, Artifact, ArtifactSource, writer_spec
-from pipeline.storage.atomic import FileEntry, exclusive
+from pipeline.storage.atomic import FileEntry, seal, unseal
 from pipeline.storage.formats import Format
 from pipeline.storage.models import UNIT
+from pipeline.storage.records import add_counts, total_counts
 from pipeline.storage.source import Source
-from pipeline.storage.store import LocalStore, Store, storage_error
+from pipeline.storage.store import Store, storage_error
 
 log = logging.getLogger(__name__)
 WORK = ".run"
-LOG = "log.txt"
+PLAN, STEPS = "plan.json", "steps.json"
+
+
+@dataclass(frozen=True)
+class MapStep:
+    """A map step before it is done.
+
+    Attributes:
+        name: what the recipe calls it.
+        folder: where its artifact lies.
+        identity: digest of all that its output depends on.
+        work: digest of the same without the source: shards that two sources share are made alike.
+        source, stages, to: as of :meth:`Run.map`.
+        seed: of the step.
+        resources: of a shard.
+    """
+
+    name: str
+    folder: str
+    identity: str
+    work: str
+    source: Source
+    stages: tuple[Stage, ...]
+    to: Format
+    seed: int
+    resources: Resources
 
 
 @dataclass
@@ -37,7 +68,8 @@ class Run:
     """The steps of one recipe over one output folder.
 
     A step's identity is the digest of its configuration, its version and its inputs' identities;
-    a step that is finished is found, not repeated.
+    a step that is finished is found, not repeated. Where a source has grown, the shards that an
+    earlier snapshot holds are taken over.
 
     Args:
         out: the output folder. Everything below it but ``.run`` depends on configuration and
@@ -49,7 +81,11 @@ class Run:
         max_bad: how many samples of a step may be quarantined before the run fails: a share
             (float) or a count (int).
         retry: take up the samples in quarantine once more: those with one of these reasons, or
-            all where none is named.
+            all where none is named. Shards in quarantine are taken up too.
+        resources: what a unit of a step needs, by the step's name, where it is not the default.
+        checkpoint_seconds: time between two checkpoints of a training.
+        progress: what is shown of it.
+        check: called after each shard; raises where the run has to end.
     """
 
     out: Store
@@ -58,7 +94,12 @@ class Run:
     threads: int = 1
     max_bad: float | int = 0.01
     retry: frozenset[str] | None = None
+    resources: Mapping[str, Resources] = field(default_factory=dict)
+    checkpoint_seconds: float = 600.0
+    progress: Progress = field(default_factory=Progress)
+    check: Callable[[], None] = lambda: None
     executed: int = 0
+    begun: list[str] = field(default_factory=list)
     steps: dict[str, Artifact] = field(default_factory=dict)
 
     def map(
@@ -69,93 +110,134 @@ class Run:
         Raises:
             RunError: a shard failed, or too many samples were quarantined.
         """
-        seed = seed_for(self.seed, name)
-        identity = digest("map", name, source, list(stages), writer_spec(to), seed, self.threads)
-        step = f"{name}-{identity[:12]}"
-        artifact = self._map(name, step, identity, source, stages, to, None)
+        step = self._map_step(name, source, stages, to)
+        artifact = self._map(step)
         number = 1
-        while Artifact.exists(self.out.below(f"{step}-retry{number}")):
-            added = Artifact.open(self.out.below(f"{step}-retry{number}"))
+        while Artifact.exists(self.out.below(f"{step.folder}-retry{number}")):
+            added = Artifact.open(self.out.below(f"{step.folder}-retry{number}"))
             # One that was added to what the step was before it was repaired is out of date.
             artifact = added if added.adds_to(artifact) else artifact
             number += 1
         if self.retry is not None:
-            chosen = in_quarantine(artifact, self.retry)
-            if chosen:
-                again = RetrySource(source, chosen, number)
-                log.info("%s: %d samples taken up from quarantine", name, len(again))
-                identity = digest("retry", artifact.identity, again)
-                artifact = self._map(
-                    name, f"{step}-retry{number}", identity, again, stages, to, artifact
-                )
+            artifact = self._map_again(step, artifact, number)
         self._check_bad(name, artifact.manifest["counts"])
         found = ArtifactSource(artifact)
         self.steps |= {part.name: part for part in found.artifacts}
         return found
 
-    def _map(
-        self,
-        name: str,
-        step: str,
-        identity: str,
-        source: Source,
-        stages: Sequence[Stage],
-        to: Format,
-        base: Artifact | None,
-    ) -> Artifact:
-        folders = self._folders(step)
-        if Artifact.exists(folders.artifact):
-            return self._found(name, folders)
+    def _map_step(self, name: str, source: Source, stages: Sequence[Stage], to: Format) -> MapStep:
+        resources = self._resources(name)
         seed = seed_for(self.seed, name)
-        work = MapWork(folders, source, tuple(stages), to, seed, self.threads)
-        records = self._execute(name, folders, work, list(shard_units(source.shards, to)))
-        offset = 0
-        for record in records:
-            record["offset"] = offset
-            offset += record["rows"]
-        counts = add_counts([record["counts"] for record in records])
+        facts = (name, list(stages), writer_spec(to), list(source.classes), seed, resources.threads)
+        work = digest("map", *facts)
+        identity = digest(work, source)
+        folder = f"{name}-{identity[:12]}"
+        return MapStep(name, folder, identity, work, source, tuple(stages), to, seed, resources)
+
+    def _map(self, step: MapStep) -> Artifact:
+        folders = self._begin(step.folder)
+        if Artifact.exists(folders.artifact):
+            return self._found(step.name, folders)
+        return Artifact.finish(folders.artifact, *self._mapped(step, folders))
+
+    def _mapped(self, step: MapStep, folders: StepFolders) -> tuple[dict[str, Any], pa.Table]:
+        """What the manifest of a map step says, and the records of its shards."""
+        shards = step.source.shards
+        work = MapWork(
+            folders, step.source.lean(), step.stages, step.to, step.seed, step.resources.threads
+        )
+        self._adopt(step, folders)
+        units = shard_units(shards, step.to, step.work)
+
+        def do(missing: Iterator[Unit]) -> Iterator[Record]:
+            return self.executor.run(work, missing, step.resources)
+
+        records = self._execute(step.name, folders, step.identity, units, len(shards), do)
         manifest = {
             "kind": "table",
-            "step": name,
-            "identity": identity,
-            "spec": canonical({"stages": list(stages), "input": source.identity}),
-            "writer": writer_spec(to),
-            "classes": list(source.classes),
-            "counts": counts,
-            "shards": records,
+            "step": step.name,
+            "identity": step.identity,
+            "work": step.work,
+            "spec": canonical({"stages": list(step.stages), "input": step.source.identity}),
+            "writer": writer_spec(step.to),
+            "classes": list(step.source.classes),
+            "counts": total_counts(records),
         }
-        if base and isinstance(source, RetrySource):
-            if not offset:
-                log.warning("%s: none of the samples taken up could be used", name)
-                folders.artifact.remove()
-                folders.work.remove()
-                return base
-            manifest["counts"] = _with_retried(base.manifest["counts"], source.retried, counts)
-            manifest |= {"base": base.name, "base_sha256": base.sha256, "retried": source.retried}
-        return Artifact.finish(folders.artifact, manifest)
+        return manifest, records
+
+    def _map_again(self, step: MapStep, base: Artifact, number: int) -> Artifact:
+        """Take up samples in quarantine: an artifact that adds to ``base``, or that itself."""
+        chosen = in_quarantine(base, self.retry or ())
+        if not chosen:
+            return base
+        source = RetrySource(step.source, chosen, number)
+        log.info("%s: %d samples taken up from quarantine", step.name, len(source))
+        identity = digest("retry", base.identity, source)
+        again = replace(
+            step, folder=f"{step.folder}-retry{number}", identity=identity, source=source
+        )
+        folders = self._begin(again.folder)
+        manifest, records = self._mapped(again, folders)
+        counts = manifest["counts"]
+        if not counts["out"]:
+            log.warning("%s: none of the samples taken up could be used", step.name)
+            folders.artifact.remove()
+            folders.work.remove()
+            return base
+        manifest["counts"] = _with_retried(base.manifest["counts"], source.retried, counts)
+        manifest |= {"base": base.name, "base_sha256": base.sha256, "retried": source.retried}
+        return Artifact.finish(folders.artifact, manifest, records)
 
     def fit(self, name: str, task: TrainingTask, **inputs: Source) -> Artifact:
         """Train one model; the artifact holds its weights and ``metrics`` what it measured."""
         return self.fit_each(name, {UNIT: Fit(task, inputs)})
 
     def fit_each(self, name: str, fits: Mapping[str, Fit]) -> Artifact:
-        """Train several models that do not depend on one another, each a unit of work."""
-        seed = seed_for(self.seed, name)
-        identity = digest("fit", name, fits, seed, self.threads)
-        folders = self._folders(f"{name}-{identity[:12]}")
-        if Artifact.exists(folders.artifact):
-            return self._keep(self._found(name, folders))
-        work = FitWork(folders, fits, seed, self.threads)
-        records = self._execute(
-            name, folders, work, [FitUnit(index, unit) for index, unit in enumerate(fits)]
-        )
-        spec = canonical({unit: fit.task for unit, fit in fits.items()})
-        manifest = {"kind": "models", "step": name, "identity": identity, "spec": spec}
-        return self._keep(Artifact.finish(folders.artifact, {**manifest, "shards": records}))
+        """Train several models that do not depend on one another, each a unit of work.
 
-    def _keep(self, artifact: Artifact) -> Artifact:
+        Raises:
+            RunError: an input holds no sample, or a training failed.
+        """
+        identity, folders = self._fit_step(name, fits)
+        artifact = self._fit(name, identity, folders, fits)
         self.steps[artifact.name] = artifact
         return artifact
+
+    def _fit_step(self, name: str, fits: Mapping[str, Fit]) -> tuple[str, StepFolders]:
+        """Identity and folders of a fit step."""
+        seed, threads = seed_for(self.seed, name), self._resources(name).threads
+        identity = digest("fit", name, fits, seed, threads)
+        return identity, self._folders(f"{name}-{identity[:12]}")
+
+    def _fit(
+        self,
+        name: str,
+        identity: str,
+        folders: StepFolders,
+        fits: Mapping[str, Fit],
+    ) -> Artifact:
+        self._begin(folders.artifact.url.rpartition("/")[2])
+        if Artifact.exists(folders.artifact):
+            return self._found(name, folders)
+        _check_inputs(name, fits)
+        resources, seed = self._resources(name), seed_for(self.seed, name)
+        work = FitWork(folders, fits, seed, resources.threads, self.checkpoint_seconds)
+        units = [FitUnit(index, unit) for index, unit in enumerate(fits)]
+
+        def do(missing: Iterator[Unit]) -> Iterator[Record]:
+            teams = {unit.name: fits[unit.name].task.workers for unit in units}
+            left = list(missing)
+            alone = [unit for unit in left if teams[unit.name] == 1]
+            if alone:
+                yield from self.executor.run(work, alone, resources)
+            for unit in left:
+                if teams[unit.name] > 1:
+                    yield self.executor.train(work, unit, teams[unit.name], resources)
+
+        records = self._execute(name, folders, identity, units, len(fits), do)
+        spec = canonical({unit: fit.task for unit, fit in fits.items()})
+        manifest = {"kind": "models", "step": name, "identity": identity, "spec": spec}
+        return Artifact.finish(folders.artifact, manifest, records)
 
     def publish(
         self,
@@ -164,19 +246,26 @@ class Run:
         about: Mapping[str, Any],
         report: bytes | None = None,
     ) -> Artifact:
-        """Write the report and, last, the run's manifest, which names the products by role."""
-        files = [f"{name}/{MANIFEST}" for name in _with_bases(products.values())]
+        """Write the report and, last, the run's manifest, which names the products by role.
+
+        What was published before is kept as a snapshot.
+        """
+        names = [f"{name}/{MANIFEST}" for name in _with_bases(products.values())]
+        files = [FileEntry.of(self.out, name) for name in names]
         if report is not None:
-            self.out.replace("report.html", report)
-            files.append("report.html")
+            digest_of = hashlib.sha256(report).hexdigest()
+            files.append(FileEntry(snapshots.REPORT, len(report), digest_of))
         manifest = {
             "kind": kind,
             "identity": digest(kind, products),
             "products": {role: artifact.name for role, artifact in products.items()},
             "steps": list(self.steps),
-            "files": [vars(FileEntry.of(self.out, name)) for name in files],
+            "files": [vars(entry) for entry in files],
             **about,
         }
+        snapshots.keep(self.out, manifest)
+        if report is not None:
+            self.out.replace(snapshots.REPORT, report)
         return Artifact.finish(self.out, manifest)
 
     def published(self, kind: str, products: Mapping[str, Artifact]) -> bool:
@@ -188,35 +277,63 @@ class Run:
         same = found.manifest["steps"] == list(self.steps)
         return whole and same and found.identity == digest(kind, products)
 
+    def _resources(self, name: str) -> Resources:
+        return self.resources.get(name) or Resources(threads=self.threads)
+
+    def _begin(self, step: str) -> StepFolders:
+        """The folders of a step that the run has come to."""
+        self.begun.append(step)
+        self.out.below(WORK).replace(STEPS, seal({"steps": self.begun}))
+        return self._folders(step)
+
     def _folders(self, step: str) -> StepFolders:
         return StepFolders(self.out.below(step), self.out.below(WORK).below(step))
 
     def _found(self, name: str, folders: StepFolders) -> Artifact:
         artifact = Artifact.open(folders.artifact)
-        log.info("%s: all %d shards found finished", name, len(artifact.shards))
+        log.info("%s: all %d shards found finished", name, artifact.shards)
         return artifact
 
+    def _adopt(self, step: MapStep, folders: StepFolders) -> None:
+        known = known_shards(earlier(self.out, step.name, step.work))
+        if not known:
+            return
+        done = finished(folders, len(step.source.shards))
+        units = shard_units(step.source.shards, step.to, step.work)
+        adopted = adopt(folders, (unit for unit in units if not done[unit.index]), known)
+        if adopted:
+            log.info("%s: %d shards taken over from an earlier snapshot", step.name, adopted)
+
     def _execute(
-        self, name: str, folders: StepFolders, work: Work, units: Sequence[Unit]
-    ) -> list[dict[str, Any]]:
-        """Do the units that the ledger does not hold; their records in the order of ``units``."""
-        records = folders.ledger.finished()
-        missing = [unit for unit in units if unit.name not in records]
-        if records:
-            log.info("%s: %d of %d shards found finished", name, len(records), len(units))
-        log.info("%s: %d shards to do", name, len(missing))
-        errors = []
-        for record in self.executor.run(work, missing, Resources(self.threads)) if missing else ():
-            if "error" in record:
-                errors.append(record["error"])
-                log.error("%s: %s", name, errors[-1].pop("traceback", errors[-1]["message"]))
-                continue
-            records[record["name"]] = record
-            self.executed += 1
-            log.info("%s: %d of %d shards done", name, len(records), len(units))
-        if errors:
-            raise _failure(name, errors, units)
-        return [records[unit.name] for unit in units]
+        self,
+        name: str,
+        folders: StepFolders,
+        identity: str,
+        units: Iterable[Unit],
+        total: int,
+        do: Do,
+    ) -> pa.Table:
+        """Do the units that the ledger does not hold; the records of all, in order."""
+        self._write_plan(name, folders, identity, total)
+        if self.retry is not None:
+            folders.ledger.forgive()
+
+        def counted(missing: Iterator[Unit]) -> Iterator[Record]:
+            for record in do(missing):
+                self.executed += "error" not in record
+                yield record
+                self.check()
+
+        return execute(name, folders, units, total, counted, self.progress)
+
+    def _write_plan(self, name: str, folders: StepFolders, identity: str, total: int) -> None:
+        """Say what is to be done; forget what was done where that was something else."""
+        data = seal({"step": name, "identity": identity, "shards": total})
+        before = read_plan(folders.work)
+        if before and before["identity"] != identity:
+            folders.work.below("ledger").remove()
+        if folders.work.info(PLAN) is None or folders.work.read(PLAN) != data:
+            folders.work.replace(PLAN, data)
 
     def _check_bad(self, name: str, counts: Mapping[str, Any]) -> None:
         bad = sum(counts["quarantined"].values())
@@ -235,44 +352,73 @@ class Run:
 
 
 @contextmanager
-def open_run(out: Store, executor: Executor, **options: Any) -> Iterator[Run]:
-    """Hold ``out`` for this process and close the executor at the end.
+def open_run(
+    out: Store,
+    executor: Executor,
+    *,
+    command: str = "run",
+    about: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Iterator[Run]:
+    """Hold ``out`` for this process, log what is done, and close the executor at the end.
+
+    Args:
+        out: the output folder.
+        executor: where shards are worked on.
+        command: what is run, for those who ask who holds the folder.
+        about: facts for the log.
+        progress: what a user sees; log lines where not given.
+        options: of :class:`Run`.
 
     Raises:
         UsageError: ``out`` cannot be written.
-        RunError: another process is writing it, or the storage failed.
+        RunError: another process is writing it, the run was cancelled, or the storage failed.
     """
     out = out.writing_in(f"{WORK}/unfinished")
     work = out.below(WORK)
+    shown = progress or Progress()
     try:
-        with exclusive(work), _log_file(work), closing(executor):
+        with (
+            hold(work, command, type(executor).__name__) as held,
+            run_log(work, held.run, about or {}),
+            closing(shown),
+            closing(executor),
+        ):
             out.clear()
-            yield Run(out, executor, **options)
+            yield Run(out, executor, progress=shown, check=held.check, **options)
     except OSError as error:
         raise storage_error(error, str(out)) from error
 
 
-@contextmanager
-def _log_file(work: Store) -> Iterator[None]:
-    """Keep a log in ``work``: as it is written on a disk, in an object store when the run ends."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = work.root / LOG if isinstance(work, LocalStore) else Path(folder, LOG)
-        handler = logging.FileHandler(path, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger = logging.getLogger("pipeline")
-        logger.addHandler(handler)
-        try:
-            yield
-        finally:
-            logger.removeHandler(handler)
-            handler.close()
-            if not isinstance(work, LocalStore):
-                stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
-                try:
-                    work.replace(f"{stamp}-{LOG}", path.read_bytes())
-                except (OSError, PipelineError) as error:
-                    # What went wrong before is what the user has to know.
-                    log.warning("the log could not be kept: %s", error)
+def read_plan(work: Store) -> dict[str, Any] | None:
+    """What a step set out to do: its name, its identity and its shards."""
+    return _sealed(work, PLAN)
+
+
+def read_steps(work: Store) -> list[str]:
+    """The folders of the steps that the last run came to, in order."""
+    found = _sealed(work, STEPS)
+    return found["steps"] if found else []
+
+
+def _sealed(work: Store, name: str) -> dict[str, Any] | None:
+    try:
+        return unseal(work.read(name))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _check_inputs(name: str, fits: Mapping[str, Fit]) -> None:
+    for fit in fits.values():
+        for role, source in fit.inputs.items():
+            if not source.shards:
+                raise RunError(
+                    f"The step '{name}' has no sample to learn from as '{role}'.",
+                    hint="Give more images, or a data set with a part for each purpose, such as "
+                    "the folders train/ and test/.",
+                    code="no-samples",
+                )
 
 
 def _with_bases(artifacts: Iterable[Artifact]) -> list[str]:
@@ -295,25 +441,3 @@ def _with_retried(
         total["quarantined"][reason] -= rows
     total["quarantined"] = {reason: n for reason, n in total["quarantined"].items() if n}
     return total
-
-
-def add_counts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The sum of sample counts: ``in`` = ``out`` + ``filtered`` + ``quarantined``."""
-    total: dict[str, Any] = {"in": 0, "out": 0, "filtered": {}, "quarantined": {}}
-    for part in parts:
-        for side in ("in", "out"):
-            total[side] += part[side]
-        for side in ("filtered", "quarantined"):
-            for reason, rows in part[side].items():
-                total[side][reason] = total[side].get(reason, 0) + rows
-    return total
-
-
-def _failure(name: str, errors: Sequence[Mapping[str, str]], units: Sequence[Unit]) -> RunError:
-    first = errors[0]
-    message, where = first["message"], first["where"]
-    if len(units) > 1:
-        where = ", ".join(error["where"] for error in errors[:5]) + (", ..." * (len(errors) > 5))
-        count = f"{len(errors)} of {len(units)} shards of the step '{name}'"
-        message = f"{count} failed; the first: {message}"
-    return RunError(message, hint=first["hint"], code=first["code"], where=where)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -44,19 +46,30 @@ class StepFolders:
 
 @dataclass(frozen=True)
 class ShardUnit:
-    """One shard of a map step: what is read, and where in the output its rows will lie."""
+    """One shard of a map step: what is read, and where in the output its rows will lie.
+
+    Attributes:
+        index: place of the shard in its step.
+        identity: digest of all that the shard's output depends on.
+    """
 
     index: int
     shard: Shard
     region: Region
+    identity: str
 
     @property
     def name(self) -> str:
         return self.shard.name
 
 
-def shard_units(shards: Sequence[Shard], writer: Format) -> Iterator[ShardUnit]:
+def shard_units(shards: Sequence[Shard], writer: Format, work: str) -> Iterator[ShardUnit]:
     """The units of a map step, in order.
+
+    Args:
+        shards: of the source.
+        writer: the format that they are written in.
+        work: digest of all that the output depends on beside the shards.
 
     Raises:
         RunError: the format needs shards of one known size, and these are not.
@@ -65,7 +78,12 @@ def shard_units(shards: Sequence[Shard], writer: Format) -> Iterator[ShardUnit]:
     most, total = _regular_rows(shards, writer.name) if writer.regular else (0, 0)
     offset = 0
     for index, shard in enumerate(shards):
-        yield ShardUnit(index, shard, Region(shard.name, offset, most, total))
+        region = Region(shard.name, offset, most, total)
+        # What others a shard stands among counts only where they share files.
+        place = f"{offset}/{most}/{total}" if writer.regular else ""
+        parts = f"{work}\n{shard.identity}\n{shard.name}\n{place}"
+        identity = hashlib.sha256(parts.encode()).hexdigest()
+        yield ShardUnit(index, shard, region, identity)
         offset += shard.rows or 0
 
 
@@ -82,6 +100,11 @@ def _regular_rows(shards: Sequence[Shard], name: str) -> tuple[int, int]:
     return (known[0] if known else 0), sum(known)
 
 
+def timed(began: float) -> dict[str, float]:
+    """When a unit was finished, and its seconds since ``began`` (monotonic)."""
+    return {"at": time.time(), "seconds": time.monotonic() - began}
+
+
 @dataclass(frozen=True)
 class MapWork:
     """Runs the stages of a map step on one shard."""
@@ -94,6 +117,7 @@ class MapWork:
     threads: int
 
     def __call__(self, unit: ShardUnit) -> Record:
+        began = time.monotonic()
         shard, region = unit.shard, unit.region
         context = ShardContext(unit.name, self.seed)
         with reproducible(self.threads), self.folders.work.scratch() as folder:
@@ -118,6 +142,7 @@ class MapWork:
             record = {
                 "index": unit.index,
                 "name": unit.name,
+                "identity": unit.identity,
                 "rows": table.num_rows,
                 "bytes": table.nbytes,
                 "offset": region.offset,
@@ -130,7 +155,8 @@ class MapWork:
                 },
                 "metrics": context.metrics,
             }
-        self.folders.ledger.write(unit.name, record)
+        record |= timed(began)
+        self.folders.ledger.write(record)
         return record
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline.errors import PipelineError, UsageError
 from pipeline.orchestration.ledger import Ledger
-from pipeline.orchestration.run import WORK
+from pipeline.orchestration.run import PLAN, WORK
+from pipeline.orchestration.snapshots import REPORT, open_snapshot, place_of, snapshots
 from pipeline.storage.artifact import MANIFEST, Artifact
 from pipeline.storage.atomic import FileEntry, unseal
+from pipeline.storage.records import to_records
 from pipeline.storage.store import FileInfo, Store
 
 DAMAGED = f"{WORK}/damaged/"
@@ -76,10 +79,12 @@ def verify(store: Store, share: float = 0.0) -> Findings:
     listed: set[str] = set()
     for root in roots:
         listed |= _check_artifact(store, root, outputs, share, findings)
-    begun = {f"{name.split('/')[1]}/" for name in memory if name.count("/") > 1} - set(roots)
-    for root in sorted(begun):
+    for number in snapshots(store):
+        listed |= _check_snapshot(store, number, outputs, share, findings)
+    steps = {f"{name.split('/')[1]}/" for name in memory if "/ledger/" in name}
+    for root in sorted(steps - set(roots)):
         entries = _from_ledger(store, root)
-        listed |= _check_files(store, root, entries, outputs, share, findings)
+        listed |= _check_files(store, root, entries.values(), outputs, share, findings)
         findings.unfinished += [n for n in outputs if n.startswith(root) and n not in listed]
     if share:
         for name in memory:
@@ -104,31 +109,65 @@ def _check_artifact(
 ) -> set[str]:
     """Check one manifest and what it lists; the paths that it lists."""
     findings.files += 1
+    place = _place(store, root)
+    listed: set[str] = set()
     try:
-        entries = Artifact.open(_place(store, root)).files
+        artifact = Artifact.open(place)
+        listed = _check_files(store, root, artifact.own, outputs, share, findings)
+        entries = artifact.files
     except PipelineError as error:
-        findings.damaged[f"{root}{MANIFEST}"] = error.message
+        if not listed & findings.damaged.keys():  # else it is the index that is damaged
+            findings.damaged[f"{root}{MANIFEST}"] = error.message
         if not root:
-            return set()
+            return listed
         # The ledger still knows the files of finished shards; nobody knows any others.
         entries = _from_ledger(store, root)
-        known = {f"{root}{MANIFEST}", *(f"{root}{name}" for name in entries)}
+        known = {f"{root}{MANIFEST}", *listed, *(f"{root}{name}" for name in entries)}
         unknown = [name for name in outputs if name.startswith(root) and name not in known]
         findings.damaged |= dict.fromkeys(unknown, "Nothing vouches for it.")
-    return _check_files(store, root, entries, outputs, share, findings)
+    others = [entry for name, entry in entries.items() if f"{root}{name}" not in listed]
+    return listed | _check_files(store, root, others, outputs, share, findings)
+
+
+def _check_snapshot(
+    store: Store,
+    number: int,
+    outputs: Mapping[str, FileInfo],
+    share: float,
+    findings: Findings,
+) -> set[str]:
+    """Check an earlier manifest, its report, and that the steps it names are as they were.
+
+    A step that is damaged is told of as such. One that is whole and not what it was, or gone, was
+    made anew from another source: the snapshot is lost.
+    """
+    findings.files += 1
+    place = place_of(store, number)
+    folder = place.url.removeprefix(f"{store.url}/")
+    path = f"{folder}/{MANIFEST}"
+    try:
+        entries = open_snapshot(store, number).own
+    except PipelineError as error:
+        findings.damaged[path] = error.message
+        return {path}
+    reports = [entry for entry in entries if entry.path == REPORT]
+    steps = [entry for entry in entries if entry.path != REPORT]
+    if any(not e.intact(store) for e in steps if e.path not in findings.damaged):
+        findings.damaged[path] = "A step that it names is gone, or is not what it was."
+    return {path} | _check_files(store, f"{folder}/", reports, outputs, share, findings)
 
 
 def _check_files(
     store: Store,
     root: str,
-    entries: Mapping[str, FileEntry],
+    entries: Collection[FileEntry],
     outputs: Mapping[str, FileInfo],
     share: float,
     findings: Findings,
 ) -> set[str]:
     place = _place(store, root)
-    for name, entry in entries.items():
-        path = f"{root}{name}"
+    for entry in entries:
+        path = f"{root}{entry.path}"
         findings.files += 1
         info = outputs.get(path)
         if info is None:
@@ -140,12 +179,13 @@ def _check_files(
             findings.bytes += entry.bytes
             if not entry.intact(place):
                 findings.damaged[path] = "Its bytes do not match its SHA-256."
-    return {f"{root}{name}" for name in entries}
+    return {f"{root}{entry.path}" for entry in entries}
 
 
 def _from_ledger(store: Store, root: str) -> dict[str, FileEntry]:
     """The files of the finished shards of a step."""
-    records = Ledger(store.below(f"{WORK}/{root}ledger"), _place(store, root)).finished().values()
+    ledger = Ledger(store.below(f"{WORK}/{root}ledger"), _place(store, root))
+    records = (record for table in ledger.finished() for record in to_records(table))
     return {e["path"]: FileEntry(**e) for record in records for e in record["files"]}
 
 
@@ -157,15 +197,30 @@ def _check_memory(store: Store, name: str, findings: Findings) -> None:
     """A ledger's record or a checkpoint: both carry their own digest."""
     if "/ledger/" in name:
         findings.read += 1
-        try:
-            unseal(store.read(name))
-        except ValueError as error:
-            findings.damaged[name] = f"The record of a finished shard: {error}."
+        data = store.read(name)
+        if "/ledger/parts/" in name:
+            whole = hashlib.sha256(data).hexdigest() == PurePosixPath(name).stem
+        else:
+            whole = _is_sealed(data)
+        if not whole:
+            findings.damaged[name] = "The record of finished shards is damaged."
+    elif name.endswith(f"/{PLAN}"):
+        findings.read += 1
+        if not _is_sealed(store.read(name)):
+            findings.damaged[name] = "Its bytes do not match its SHA-256."
     elif "/checkpoints/" in name:
         findings.read += 1
         data = store.read(name)
         if hashlib.sha256(data[32:]).digest() != data[:32]:
             findings.damaged[name] = "Its bytes do not match its SHA-256."
+
+
+def _is_sealed(data: bytes) -> bool:
+    try:
+        unseal(data)
+    except ValueError:
+        return False
+    return True
 
 
 def set_aside(store: Store, damaged: Sequence[str]) -> None:
@@ -186,9 +241,10 @@ def set_aside(store: Store, damaged: Sequence[str]) -> None:
 def _of_their_shards(store: Store, step: str, damaged: Set[str]) -> list[str]:
     """The files of one step that are of a shard with a damaged file and of no other shard."""
     try:
-        records = Artifact.open(store.below(step)).shards
+        records = list(Artifact.open(store.below(step)).records())
     except PipelineError:
-        records = list(Ledger(store.below(f"{WORK}/{step}/ledger"), store.below(step)).records())
+        ledger = Ledger(store.below(f"{WORK}/{step}/ledger"), store.below(step))
+        records = [record for table in ledger.tables() for record in to_records(table)]
     files = [[f"{step}/{entry['path']}" for entry in record["files"]] for record in records]
     shards = Counter(name for names in files for name in names)
     return [n for names in files if damaged & {*names} for n in names if shards[n] == 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from pipeline.config import Config, build, merge
 from pipeline.datasets import Dataset, find_dataset
 from pipeline.digest import dumps
 from pipeline.errors import UsageError
-from pipeline.orchestration.executor import executors
+from pipeline.orchestration.executor import Resources, executors
+from pipeline.orchestration.plan import Planner
+from pipeline.orchestration.progress import Progress
 from pipeline.orchestration.run import WORK, open_run
 from pipeline.recipes import recipes
 from pipeline.storage.store import Store, open_store
@@ -28,24 +31,11 @@ def configure(
     return _configure(recipe, find_dataset(dataset, data), values)
 
 
-def run(
-    recipe: str,
-    dataset: str,
-    *,
-    data: str | Path | None = None,
-    out: str | Path | None = None,
-    config: Mapping[str, Any] | None = None,
-    executor: str = "local",
-    address: str | None = None,
-    workers: int | None = None,
-    threads: int = 1,
-    seed: int = 0,
-    max_bad: float | int = 0.01,
-    retry: Collection[str] | None = None,
-) -> dict[str, Any]:
-    """Run a recipe to its end, from wherever an earlier run stopped.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A recipe on a data set, and how it is run. What :func:`run` and :func:`plan` take.
 
-    Args:
+    Attributes:
         recipe: name of a recipe, such as ``distill``.
         dataset: name of a data set, or a path.
         data: where named data sets lie.
@@ -55,10 +45,86 @@ def run(
         address: Ray cluster to join.
         workers: Ray workers at a time.
         threads: CPU threads of one worker; part of what the output depends on.
+        resources: what one shard of a step needs where that differs, by the step's name:
+            ``threads``, ``gpus``, ``memory`` (bytes) and ``workers``, as in
+            :class:`~pipeline.orchestration.executor.Resources`.
+        checkpoint_minutes: time between two checkpoints of a training.
         seed: seed of everything random.
         max_bad: unreadable samples above which the run fails: a share (float) or a count (int).
+    """
+
+    recipe: str
+    dataset: str
+    data: str | Path | None = None
+    out: str | Path | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    executor: str = "local"
+    address: str | None = None
+    workers: int | None = None
+    threads: int = 1
+    resources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    checkpoint_minutes: float = 10.0
+    seed: int = 0
+    max_bad: float | int = 0.01
+
+    def check(self) -> None:
+        """Raise UsageError where a number is out of its range."""
+        numbers = (self.threads, 1 if self.workers is None else self.workers)
+        too_many = isinstance(self.max_bad, float) and self.max_bad > 1
+        if min(numbers) < 1 or min(self.max_bad, self.checkpoint_minutes) < 0 or too_many:
+            raise UsageError(
+                "Threads and workers are at least 1, minutes between checkpoints at least 0, and "
+                "the share of bad samples is from 0 to 1.",
+                hint="Check --threads, --workers, --checkpoint-minutes and --max-bad.",
+                code="bad-option",
+            )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a :class:`~pipeline.orchestration.run.Run` needs to know of it."""
+        resources = {
+            step: build(Resources, {"threads": self.threads, **values})
+            for step, values in self.resources.items()
+        }
+        return {
+            "seed": self.seed,
+            "threads": self.threads,
+            "max_bad": self.max_bad,
+            "resources": resources,
+            "checkpoint_seconds": self.checkpoint_minutes * 60,
+        }
+
+    def command(self, dataset: Dataset) -> dict[str, Any]:
+        """The job as plain JSON types, with places as a later process finds them."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["dataset"] = self.dataset if dataset.info else _absolute(self.dataset)
+        values["data"] = None if self.data is None else _absolute(str(self.data))
+        del values["out"]
+        return values
+
+    def store(self, dataset: Dataset) -> Store:
+        """Where the output goes."""
+        # Absolute, since the workers of a cluster have working directories of their own.
+        return open_store(self.out or Path("runs") / f"{self.recipe}-{dataset.name}")
+
+
+def run(
+    recipe: str,
+    dataset: str,
+    *,
+    retry: Collection[str] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Run a recipe to its end, from wherever an earlier run stopped.
+
+    Args:
+        recipe: name of a recipe, such as ``distill``.
+        dataset: name of a data set, or a path.
         retry: take up samples in quarantine once more: those with one of these reasons, or all
-            where it is empty.
+            where it is empty; shards in quarantine too.
+        progress: what is shown of it; log lines where not given.
+        options: the other attributes of :class:`Job`.
 
     Returns:
         A summary of plain JSON types, with the paths of what was written.
@@ -67,34 +133,19 @@ def run(
         UsageError: something asked for does not exist or does not hold.
         RunError: the run started and could not finish.
     """
-    found = find_dataset(dataset, data)
-    chosen = recipes.get(recipe)
-    values = _configure(recipe, found, config or {})
-    too_many = isinstance(max_bad, float) and max_bad > 1
-    if threads < 1 or (workers is not None and workers < 1) or max_bad < 0 or too_many:
-        raise UsageError(
-            "Threads and workers are at least 1, and the share of bad samples is from 0 to 1.",
-            hint="Check --threads, --workers and --max-bad.",
-            code="bad-option",
-        )
-    # Absolute, since the workers of a cluster have working directories of their own.
-    store = open_store(out or Path("runs") / f"{recipe}-{found.name}")
-    command = {
-        "recipe": recipe,
-        "dataset": dataset if found.info else _absolute(dataset),
-        "data": None if data is None else _absolute(str(data)),
-        "config": config or {},
-        "executor": executor,
-        "address": address,
-        "workers": workers,
-        "threads": threads,
-        "seed": seed,
-        "max_bad": max_bad,
-    }
-    where = executors.get(executor)(address=address, workers=workers)
-    options = {"seed": seed, "threads": threads, "max_bad": max_bad}
-    again = None if retry is None else frozenset(retry)
-    with open_run(store, where, retry=again, **options) as opened:
+    job = Job(recipe=recipe, dataset=dataset, **options)
+    found, chosen, values = _prepared(job)
+    store, command = job.store(found), job.command(found)
+    where = executors.get(job.executor)(address=job.address, workers=job.workers)
+    with open_run(
+        store,
+        where,
+        command=f"{recipe} {dataset}",
+        about=command,
+        progress=progress,
+        retry=None if retry is None else frozenset(retry),
+        **job.options,
+    ) as opened:
         opened.out.replace(f"{WORK}/{COMMAND}", dumps(command))
         summary = chosen.run(opened, found, values)
         if not opened.executed:
@@ -102,19 +153,53 @@ def run(
     return {**summary, "out": str(store)}
 
 
-def resume(out: str | Path, *, retry: Collection[str] | None = None) -> dict[str, Any]:
+def plan(recipe: str, dataset: str, **options: Any) -> dict[str, Any]:
+    """What :func:`run` with the same arguments would do. Nothing is started or written.
+
+    Returns:
+        ``steps``, each a :class:`~pipeline.orchestration.plan.StepPlan` as plain JSON types;
+        ``until``, the step whose output has to be there to tell what comes after it, if there is
+        one; and ``todo``, whether there is anything to do.
+
+    Raises:
+        UsageError: something asked for does not exist or does not hold.
+    """
+    job = Job(recipe=recipe, dataset=dataset, **options)
+    found, chosen, values = _prepared(job)
+    planner = Planner(job.store(found), executors.get("local")(), **job.options)
+    until = planner.follow(lambda run: chosen.run(run, found, values))
+    steps = [
+        {**vars(step), "resources": step.resources.model_dump(), "missing": step.missing}
+        for step in planner.plans
+    ]
+    todo = bool(until) or planner.publishes or any(step.missing for step in planner.plans)
+    return {"out": str(planner.out), "steps": steps, "until": until, "todo": todo}
+
+
+def _prepared(job: Job) -> tuple[Dataset, Any, Config]:
+    job.check()
+    found = find_dataset(job.dataset, job.data)
+    return found, recipes.get(job.recipe), _configure(job.recipe, found, job.config)
+
+
+def resume(
+    out: str | Path,
+    *,
+    retry: Collection[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Run once more what was run in the folder ``out``, with the same arguments.
 
     Args:
         out: output folder of a run, finished or not.
         retry: as for :func:`run`.
+        progress: as for :func:`run`.
 
     Raises:
         UsageError: nothing was run there.
     """
     store = open_store(out)
-    command = recorded(store)
-    return run(command.pop("recipe"), command.pop("dataset"), out=store.url, retry=retry, **command)
+    return run(**recorded(store), out=store.url, retry=retry, progress=progress)
 
 
 def recorded(store: Store) -> dict[str, Any]:

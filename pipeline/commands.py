@@ -7,6 +7,7 @@ the same as text.
 from __future__ import annotations
 
 import re
+import time
 from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
@@ -14,13 +15,19 @@ from typing import Any
 from pipeline.api import recorded, resume
 from pipeline.errors import PipelineError
 from pipeline.orchestration.garbage import find_garbage
+from pipeline.orchestration.live import cancel, hold
+from pipeline.orchestration.logs import as_text, read_logs
+from pipeline.orchestration.progress import on_terminal
 from pipeline.orchestration.run import WORK
+from pipeline.orchestration.status import status
 from pipeline.orchestration.verify import Findings, set_aside, verify
+from pipeline.run_text import status_text, summary_text
 from pipeline.storage.artifact import Artifact
-from pipeline.storage.atomic import exclusive
 from pipeline.storage.store import Store, open_store
 from pipeline.terminal import human
 
+WATCH = 2.0
+"""Seconds from one status to the next."""
 RETRY = re.compile(r"[^/]+-retry\d+/")
 Done = tuple[int, dict[str, Any], str]
 
@@ -42,9 +49,9 @@ def run_repair(options: Namespace) -> Done:
     while found.damaged and not set(found.damaged) & set(repaired):
         repaired |= found.damaged
         retried = _retried(store, found.damaged)
-        with exclusive(store.below(WORK)):
+        with hold(store.below(WORK), "repair"):
             set_aside(store, list(found.damaged))
-        resume(options.path, retry=retried)
+        resume(options.path, retry=retried, progress=on_terminal())
         found = verify(store, 1.0)
     head = f"{len(repaired)} damaged files were set aside and made anew.\n" if repaired else ""
     return (
@@ -56,18 +63,21 @@ def run_repair(options: Namespace) -> Done:
 
 def run_retry(options: Namespace) -> Done:
     """``pipeline retry``: take samples up from quarantine."""
-    summary = resume(options.path, retry=options.reason)
-    return 0, summary, readable(summary)
+    summary = resume(options.path, retry=options.reason, progress=on_terminal())
+    return 0, summary, summary_text(summary)
 
 
 def run_gc(options: Namespace) -> Done:
     """``pipeline gc``: say what could be deleted; delete it only if told to."""
     store = open_store(options.path)
-    groups = find_garbage(store, intermediate=options.intermediate)
+    chosen = {"intermediate": options.intermediate, "expired": options.snapshots}
+    groups = find_garbage(store, **chosen)
     if options.delete:
-        with exclusive(store.below(WORK)):
+        with hold(store.below(WORK), "gc"):
             # Found anew: until now a run may have been writing.
-            groups = find_garbage(store, intermediate=options.intermediate)
+            groups = find_garbage(
+                store, intermediate=options.intermediate, expired=options.snapshots
+            )
             for group in groups:
                 for file in group.files:
                     store.delete(file.name)
@@ -100,27 +110,27 @@ def run_diff(options: Namespace) -> Done:
     return int(not summary["same"]), summary, as_text(summary)
 
 
-def readable(summary: dict[str, Any]) -> str:
-    """What a recipe gave, for a terminal."""
-    lines = []
-    if rows := summary.get("evaluation"):
-        lines.append(f"{'trained on':<34}{'images':>8}{'accuracy, %':>13}")
-        for row in rows:
-            spread = f" +- {row['spread']:.2f} ({row['seeds']} seeds)" if row["seeds"] > 1 else ""
-            count = "" if row["images"] is None else row["images"]
-            lines.append(f"{row['trained_on']:<34}{count:>8}{row['accuracy']:>13.2f}{spread}")
-        lines.append("")
-    for name in ("train", "test"):
-        if split := summary.get(name):
-            bad = sum(split["quarantined"].values())
-            lines.append(
-                f"{name + ':':<8} {split['out']:,} of {split['in']:,} samples in "
-                f"{split['shards']:,} shards" + (f", {bad:,} in quarantine" if bad else "")
-            )
-            lines.append(f"{'':<8} {split['path']}")
-    names = ("images", "labels", "report")
-    lines += [f"{name + ':':<8} {summary[name]}" for name in names if name in summary]
-    return "\n".join(lines)
+def run_status(options: Namespace) -> Done:
+    """``pipeline status``: with ``--watch`` it is shown anew until nobody runs it."""
+    out = open_store(options.path)
+    found = status(out)
+    while options.watch and found.state == "running":
+        print(status_text(found), flush=True)
+        time.sleep(WATCH)
+        found = status(out)
+    return 0, found.summary(), status_text(found)
+
+
+def run_logs(options: Namespace) -> Done:
+    """``pipeline logs``: what all starts of a run have told."""
+    lines = list(read_logs(open_store(options.path).below(WORK)))
+    return 0, {"lines": lines}, "\n".join(map(as_text, lines))
+
+
+def run_cancel(options: Namespace) -> Done:
+    """``pipeline cancel``: ask a run to stop."""
+    found = cancel(open_store(options.path).below(WORK))
+    return 0, {"cancelled": vars(found)}, f"Asked to stop: {found}."
 
 
 def _retried(store: Store, damaged: Iterable[str]) -> list[str] | None:

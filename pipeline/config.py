@@ -28,7 +28,9 @@ class TrainConfig(Config):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0, description="peak learning rate, decayed by a cosine to zero")
     weight_decay: float = Field(0.01, ge=0)
-    checkpoint_epochs: int = Field(10, ge=1, description="epochs between two checkpoints")
+    workers: int = Field(
+        1, ge=1, description="processes that share every batch; the weights depend on it"
+    )
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

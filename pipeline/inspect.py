@@ -199,12 +199,15 @@ def _step(artifact: Artifact) -> dict[str, Any]:
         "step": manifest.get("step", artifact.name),
         "folder": artifact.name,
         "kind": manifest["kind"],
-        "shards": sum(len(part.shards) for part in parts),
+        "shards": sum(part.shards for part in parts),
         "bytes": sum(entry.bytes for part in parts for entry in part.files.values()),
     }
     if table:
         return {**facts, **manifest["counts"]}
-    return {**facts, "metrics": {record["name"]: record["metrics"] for record in artifact.shards}}
+    return {
+        **facts,
+        "metrics": {record["name"]: record["metrics"] for record in artifact.records()},
+    }
 
 
 def _split(source: Source, every: bool, samples: int) -> dict[str, Any]:

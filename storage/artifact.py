@@ -1,4 +1,8 @@
-"""Places that say what they hold: a manifest, written last, and the files it lists."""
+"""Places that say what they hold: a manifest, written last, and the files it lists.
+
+The manifest of a step is small, however many shards there are: it lists a table, the index, that
+holds a record of each (see :mod:`pipeline.storage.records`).
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.digest import dumps
 from pipeline.errors import RunError, UsageError
 from pipeline.storage.atomic import FileEntry, seal, unseal
 from pipeline.storage.formats import Format, formats
+from pipeline.storage.records import RECORDS, RecordedShards, to_records, write_records
 from pipeline.storage.source import Shard, Source
 from pipeline.storage.store import LocalStore, Store, storage_error
 
 MANIFEST = "manifest.json"
-VERSION = 2
+INDEX = "shards.index"
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -52,12 +60,7 @@ class Artifact:
         except OSError as error:
             raise storage_error(error, str(store)) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(
-                f"The manifest is damaged: {error}.",
-                hint="'pipeline repair' takes damaged files out and makes them anew.",
-                code="damaged-manifest",
-                where=f"{store}/{MANIFEST}",
-            ) from error
+            raise _bad_manifest(store, error) from error
         if manifest["format_version"] != VERSION:
             raise UsageError(
                 f"This output has format version {manifest['format_version']}; this release reads "
@@ -74,8 +77,13 @@ class Artifact:
         return store.info(MANIFEST) is not None
 
     @classmethod
-    def finish(cls, store: Store, manifest: Mapping[str, Any]) -> Artifact:
-        """Write the manifest: now the artifact is there."""
+    def finish(
+        cls, store: Store, manifest: Mapping[str, Any], records: pa.Table | None = None
+    ) -> Artifact:
+        """Write the index of ``records`` and then the manifest: now the artifact is there."""
+        if records is not None:
+            entry = _write_index(store, records)
+            manifest = {**manifest, "shards": records.num_rows, "files": [vars(entry)]}
         data = seal({"format_version": VERSION, **manifest})
         store.replace(MANIFEST, data)
         return cls(store, unseal(data))
@@ -96,20 +104,53 @@ class Artifact:
         return hashlib.sha256(dumps(self.manifest)).hexdigest()
 
     @property
-    def shards(self) -> list[Mapping[str, Any]]:
-        """The shard records, in order; a run has none."""
-        return list(self.manifest.get("shards", ()))
+    def shards(self) -> int:
+        """How many shards there are; a run has none."""
+        return int(self.manifest.get("shards", 0))
 
-    @property
+    def records_table(self) -> pa.Table:
+        """The records of the shards, in order.
+
+        Raises:
+            RunError: the index is missing or damaged.
+        """
+        if not self.shards:
+            return RECORDS.empty_table()
+        with self.checked([self._listed(INDEX)]) as folder:
+            try:
+                table = pq.read_table(folder / INDEX, schema=RECORDS)
+                files = pc.list_flatten(table["files"]).combine_chunks()
+                _check_paths(files.field("path").to_pylist())
+            except (ValueError, pa.ArrowException) as error:
+                raise _bad_manifest(self.store, error) from error
+        return table
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The records of the shards, in order. Raises as :meth:`records_table`."""
+        yield from to_records(self.records_table())
+
+    @cached_property
     def metrics(self) -> Mapping[str, Any]:
         """What a fitted artifact measured of itself."""
-        return dict(self.shards[0]["metrics"])
+        return dict(next(self.records())["metrics"])
+
+    @property
+    def own(self) -> list[FileEntry]:
+        """The files that the manifest itself lists: of a step its index."""
+        return [FileEntry(**entry) for entry in self.manifest.get("files", ())]
+
+    def _listed(self, name: str) -> FileEntry:
+        for entry in self.own:
+            if entry.path == name:
+                return entry
+        raise self._damaged(name)
 
     @cached_property
     def files(self) -> dict[str, FileEntry]:
         """Every listed file by path; one that several shards share is there once."""
-        groups = [self.manifest.get("files", ()), *(shard["files"] for shard in self.shards)]
-        return {entry["path"]: FileEntry(**entry) for group in groups for entry in group}
+        shards = (entry for record in self.records() for entry in record["files"])
+        own = {entry.path: entry for entry in self.own}
+        return own | {entry["path"]: FileEntry(**entry) for entry in shards}
 
     def adds_to(self, base: Artifact) -> bool:
         """Whether this artifact was made to add to ``base``, as that is now."""
@@ -127,24 +168,23 @@ class Artifact:
             RunError: that manifest is missing or damaged.
         """
         folder = self.products[role]
-        with self.checked([f"{folder}/{MANIFEST}"]):
+        with self.checked([self._listed(f"{folder}/{MANIFEST}")]):
             return Artifact.open(self.store.below(folder))
 
     @contextmanager
-    def checked(self, names: Sequence[str]) -> Iterator[Path]:
-        """A local folder with listed files whose digests were checked just now.
+    def checked(self, entries: Sequence[FileEntry]) -> Iterator[Path]:
+        """A local folder with files whose digests were checked just now.
 
         Raises:
-            RunError: a file is not listed, missing, or has other bytes.
+            RunError: a file is missing or has other bytes.
         """
-        for name in names:
-            entry = self.files.get(name)
-            if entry is None or not entry.present(self.store):
-                raise self._damaged(name)
-        with self.store.fetched(names) as folder:
-            for name in names:
-                if not self.files[name].intact(LocalStore(folder)):
-                    raise self._damaged(name)
+        for entry in entries:
+            if not entry.present(self.store):
+                raise self._damaged(entry.path)
+        with self.store.fetched([entry.path for entry in entries]) as folder:
+            for entry in entries:
+                if not entry.intact(LocalStore(folder)):
+                    raise self._damaged(entry.path)
             yield folder
 
     def read(self, name: str) -> bytes:
@@ -153,7 +193,10 @@ class Artifact:
         Raises:
             RunError: it is not listed, missing, or has other bytes.
         """
-        with self.checked([name]) as folder:
+        entry = self.files.get(name)
+        if entry is None:
+            raise self._damaged(name)
+        with self.checked([entry]) as folder:
             return (folder / name).read_bytes()
 
     def _damaged(self, name: str) -> RunError:
@@ -202,23 +245,19 @@ class ArtifactSource(Source):
         return tuple(found)
 
     @cached_property
-    def shards(self) -> tuple[Shard, ...]:
-        return tuple(
-            Shard(
-                name=record["name"],
-                identity=f"{artifact.identity}/{record['name']}",
-                rows=record["rows"],
-                bytes=record["bytes"],
-                location={
-                    "artifact": index,
-                    "files": _data_files(record),
-                    "offset": record["offset"],
-                },
-            )
-            for index, artifact in enumerate(self.artifacts)
-            for record in artifact.shards
-            if record["rows"]
-        )
+    def shards(self) -> Sequence[Shard]:
+        parts = []
+        for number, artifact in enumerate(self.artifacts):
+            table = artifact.records_table()
+            table = table.filter(pc.greater(table["rows"], 0))
+            column = pa.repeat(pa.scalar(number, pa.int64()), table.num_rows)
+            parts.append(table.append_column("artifact", column))
+        return RecordedShards(pa.concat_tables(parts))
+
+    def lean(self) -> ArtifactSource:
+        source = ArtifactSource(self.artifact)
+        source.__dict__["artifacts"] = self.artifacts
+        return source
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -233,7 +272,9 @@ class ArtifactSource(Source):
         artifact = self.artifacts[place["artifact"]]
         spec = dict(artifact.manifest["writer"])
         fmt: Format = formats.get(spec.pop("name"))(**spec)
-        with artifact.checked(place["files"]) as folder:
+        entries = [FileEntry(*entry) for entry in place["files"]]
+        data = [entry for entry in entries if entry.path != quarantine_file(shard.name)]
+        with artifact.checked(data) as folder:
             return fmt.read(folder, shard.name, place["offset"], shard.rows or 0)
 
     def bytes(self) -> int:
@@ -241,26 +282,48 @@ class ArtifactSource(Source):
         return sum(e.bytes for artifact in self.artifacts for e in artifact.files.values())
 
 
+def _bad_manifest(store: Store, error: Exception) -> RunError:
+    return RunError(
+        f"The manifest is damaged: {error}.",
+        hint="'pipeline repair' takes damaged files out and makes them anew.",
+        code="damaged-manifest",
+        where=f"{store}/{MANIFEST}",
+    )
+
+
+def _write_index(store: Store, records: pa.Table) -> FileEntry:
+    with store.scratch() as folder:
+        path = folder / INDEX
+        write_records(records, path)
+        entry = FileEntry.of(LocalStore(folder), INDEX)
+        try:
+            store.create(INDEX, path)
+        except FileExistsError:
+            if not entry.intact(store):
+                # Of a run that died before the manifest, or was repaired: nobody reads it.
+                store.delete(INDEX)
+                store.create(INDEX, path)
+    return entry
+
+
 def _check_names(manifest: Mapping[str, Any]) -> None:
     """Raise ValueError where a manifest, which anybody may have written, names a place outside."""
-    groups = [manifest.get("files", ()), *(shard["files"] for shard in manifest.get("shards", ()))]
     folders = [*manifest.get("products", {}).values(), *manifest.get("steps", ())]
     folders += [manifest["base"]] if "base" in manifest else []
-    for name in [entry["path"] for group in groups for entry in group] + folders:
-        if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
-            raise ValueError(f"'{name}' is no name of a file in it")
+    _check_paths([entry["path"] for entry in manifest.get("files", ())] + folders)
     if any("/" in folder or folder == "." for folder in folders):
         raise ValueError("it names a folder that is not beside it")
+
+
+def _check_paths(names: Sequence[str]) -> None:
+    for name in names:
+        if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
+            raise ValueError(f"'{name}' is no name of a file in it")
 
 
 def quarantine_file(unit: str) -> str:
     """Where a shard's samples in quarantine lie in its artifact."""
     return f"quarantine/{unit}.parquet"
-
-
-def _data_files(record: Mapping[str, Any]) -> list[str]:
-    paths = [entry["path"] for entry in record["files"]]
-    return [path for path in paths if path != quarantine_file(record["name"])]
 
 
 def writer_spec(writer: Format) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pipeline.digest import dumps
 from pipeline.errors import RunError, UsageError
 from pipeline.storage.store import LocalStore, Store
 
+TRIES, PAUSE = 5, 0.1
+"""How often, and how many seconds apart, a lock is asked for: one who only looks holds it too."""
 SEAL, END = b',\n  "sha256": "', b"\n}\n"
 
 
@@ -97,8 +100,8 @@ def unseal(data: bytes) -> dict[str, Any]:
 def exclusive(store: Store) -> Iterator[None]:
     """Hold a local folder for this process; the kernel lets go of it when the process dies.
 
-    An object store has no lock that dies with its holder. There nothing is held, and two runs at
-    once do the same work twice and publish the same bytes once.
+    An object store has no such lock, and there nothing is held: see
+    :func:`pipeline.orchestration.live.hold`, which knows both.
 
     Raises:
         UsageError: the folder cannot be made or written.
@@ -119,13 +122,34 @@ def exclusive(store: Store) -> Iterator[None]:
             where=str(folder.parent),
         ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                "Another run is writing this output folder.",
-                hint="Wait until it ends, or choose another output folder.",
-                code="output-busy",
-                where=str(folder.parent),
-            ) from None
+        for left in reversed(range(TRIES)):
+            if _lock(lock, fcntl.LOCK_EX):
+                break
+            if not left:
+                raise RunError(
+                    "Another run is writing this output folder.",
+                    hint="Wait until it ends, or choose another output folder.",
+                    code="output-busy",
+                    where=str(folder.parent),
+                )
+            time.sleep(PAUSE)
         yield
+
+
+def held(store: LocalStore) -> bool:
+    """Whether a process holds the folder with :func:`exclusive`. Holds up nobody."""
+    try:
+        lock = (store.root / "lock").open("rb")
+    except FileNotFoundError:
+        return False
+    with lock:
+        return not _lock(lock, fcntl.LOCK_SH)
+
+
+def _lock(file: Any, kind: int) -> bool:
+    """Whether the lock was free; it is then held until the file is closed."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -43,7 +44,10 @@ class FolderSource(Source):
 
     @cached_property
     def _classes_of(self) -> Sequence[str]:
-        return self.class_of or [first_folder(file) for file in self.files]
+        return self.class_of or [sys.intern(first_folder(file)) for file in self.files]
+
+    def lean(self) -> FolderSource:
+        return replace(self, files=(), class_of=None)
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -56,18 +60,20 @@ class FolderSource(Source):
         facts = [f"{f.name}\0{f.bytes}\0{f.version}" for f in files]
         identity = digest("\0".join([*facts, *classes]))
         size = sum(file.bytes for file in files)
-        return Shard(f"{start // SHARD_ROWS:05d}", identity, len(files), {"start": start}, size)
+        place: dict[str, Any] = {"names": [file.name for file in files]}
+        if self.classes:
+            place["classes"] = list(classes)
+        return Shard(f"{start // SHARD_ROWS:05d}", identity, len(files), place, size)
 
     def read(self, shard: Shard) -> pa.Table:
-        rows = slice(shard.location["start"], shard.location["start"] + SHARD_ROWS)
-        names = [file.name for file in self.files[rows]]
+        names = shard.location["names"]
         # A name that is no UTF-8 has its other bytes by their codes.
         keys = [name.encode(errors="backslashreplace").decode() for name in names]
         columns: dict[str, Any] = {"key": keys, "image": self._images(names)}
         if not self.classes:
             return pa.table(columns, pa.schema([ROW.field("key"), ROW.field("image")]))
         label = {name: index for index, name in enumerate(self.classes)}
-        columns["label"] = [label.get(name) for name in self._classes_of[rows]]
+        columns["label"] = [label.get(name) for name in shard.location["classes"]]
         return pa.table(columns, ROW)
 
     def _images(self, names: Sequence[str]) -> list[bytes]:

@@ -92,7 +92,14 @@ class ObjectStore(Store):
         with self._asking(name) as fs:
             fs.put_file(str(file), self._path(name), mode="create")
 
-    def replace(self, name: str, data: bytes) -> None:
+    def link(self, name: str, source: Store) -> None:
+        self._check_writable()
+        if self.info(name) is not None:
+            raise FileExistsError(name)
+        with self._asking(name) as fs:
+            fs.cp_file(f"{source.url}/{name}", self._path(name))
+
+    def replace(self, name: str, data: bytes, *, durable: bool = True) -> None:
         self._check_writable()
         with self._asking(name) as fs:
             fs.pipe_file(self._path(name), data)

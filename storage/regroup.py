@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import TypeVar
@@ -38,14 +38,26 @@ class ChosenSource(Source):
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
         return tuple(
-            Shard(f"{index:05d}", digest(self.base.identity, group), len(group), {"index": index})
+            self._shard(index, group)
             for index, group in enumerate(cut(self.places, self.shard_rows))
         )
 
+    def _shard(self, index: int, group: Sequence[tuple[int, int]]) -> Shard:
+        numbers = sorted({number for number, _ in group})
+        members = [self.base.shards[number] for number in numbers]
+        rows = [[numbers.index(number), row] for number, row in group]
+        identity = digest([member.identity for member in members], rows)
+        place = {"members": [asdict(member) for member in members], "rows": rows}
+        return Shard(f"{index:05d}", identity, len(group), place)
+
+    def lean(self) -> ChosenSource:
+        return replace(self, base=self.base.lean(), places=())
+
     def read(self, shard: Shard) -> pa.Table:
-        places = cut(self.places, self.shard_rows)[shard.location["index"]]
-        read = {index: self.base.read(self.base.shards[index]) for index, _ in places}
-        return pa.concat_tables([read[index].slice(row, 1) for index, row in places])
+        members = [self.base.read(member) for member in _members(shard)]
+        return pa.concat_tables(
+            [members[number].slice(row, 1) for number, row in shard.location["rows"]]
+        )
 
 
 @dataclass(frozen=True)
@@ -85,18 +97,18 @@ class GroupedSource(Source):
             f"{number:05d}",
             digest([member.identity for member in members]),
             sum(rows) if len(rows) == len(members) else None,
-            {"first": group[0], "last": group[-1]},
+            {"members": [asdict(member) for member in members]},
             sum(sizes) if len(sizes) == len(members) else None,
         )
 
-    def _members(self, shard: Shard) -> tuple[Shard, ...]:
-        return self.base.shards[shard.location["first"] : shard.location["last"] + 1]
+    def lean(self) -> GroupedSource:
+        return replace(self, base=self.base.lean())
 
     def read(self, shard: Shard) -> pa.Table:
-        return pa.concat_tables([self.base.read(member) for member in self._members(shard)])
+        return pa.concat_tables([self.base.read(member) for member in _members(shard)])
 
     def take(self, shard: Shard, keys: Sequence[str]) -> pa.Table:
-        return pa.concat_tables([self.base.take(member, keys) for member in self._members(shard)])
+        return pa.concat_tables([self.base.take(member, keys) for member in _members(shard)])
 
 
 @dataclass(frozen=True)
@@ -125,29 +137,32 @@ class EvenSource(Source):
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
         total = self._ends[-1] if self._ends else 0
-        return tuple(
-            Shard(
-                f"{start // self.shard_rows:05d}",
-                digest(self.base.identity, self.shard_rows, start),
-                min(self.shard_rows, total - start),
-                {"start": start},
-            )
-            for start in range(0, total, self.shard_rows)
-        )
+        return tuple(self._shard(start, total) for start in range(0, total, self.shard_rows))
+
+    def _shard(self, start: int, total: int) -> Shard:
+        stop = min(start + self.shard_rows, total)
+        first, last = bisect_right(self._ends, start), bisect_right(self._ends, stop - 1)
+        members = self.base.shards[first : last + 1]
+        skip, rows = start - (self._ends[first - 1] if first else 0), stop - start
+        identity = digest([member.identity for member in members], skip, rows)
+        place = {"members": [asdict(member) for member in members], "skip": skip}
+        return Shard(f"{start // self.shard_rows:05d}", identity, rows, place)
+
+    def lean(self) -> EvenSource:
+        return replace(self, base=self.base.lean())
 
     def read(self, shard: Shard) -> pa.Table:
-        start = shard.location["start"]
-        stop = start + (shard.rows or 0)
+        skip, missing = shard.location["skip"], shard.rows or 0
         parts = []
-        for index in range(bisect_right(self._ends, start), len(self._ends)):
-            member = self.base.shards[index]
-            first = self._ends[index] - (member.rows or 0)
-            if first >= stop:
-                break
-            table = self.base.read(member)
-            begin = max(start - first, 0)
-            parts.append(table.slice(begin, min(stop - first, table.num_rows) - begin))
+        for member in _members(shard):
+            parts.append(self.base.read(member).slice(skip, missing))
+            skip, missing = 0, missing - parts[-1].num_rows
         return pa.concat_tables(parts)
+
+
+def _members(shard: Shard) -> Iterator[Shard]:
+    """The shards of the base that a shard lies in."""
+    return (Shard(**member) for member in shard.location["members"])
 
 
 def find_places(base: Source) -> dict[str, tuple[int, int]]:

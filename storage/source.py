@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,9 @@ class Shard:
 class Source(ABC):
     """A data set seen as shards.
 
+    ``read`` and ``take`` look at the shard that they are given and never at the list of shards: a
+    worker has a ``lean`` copy of the source.
+
     ``read`` gives a table with at least ``key`` (string, unique in the data set), and where the
     source has them ``image`` (encoded bytes as they were found, or a fixed-shape uint8 tensor
     H x W x C) and ``label`` (int64 index into ``classes``). A sample that lacks its image or label
@@ -51,7 +55,7 @@ class Source(ABC):
 
     @property
     @abstractmethod
-    def shards(self) -> tuple[Shard, ...]:
+    def shards(self) -> Sequence[Shard]:
         """The shards, in order."""
 
     @property
@@ -71,7 +75,14 @@ class Source(ABC):
     @cached_property
     def identity(self) -> str:
         """Digest of the list of shards and of the class names."""
-        return digest([shard.identity for shard in self.shards], self.classes)
+        shards = hashlib.sha256()
+        for shard in self.shards:
+            shards.update(f"{shard.identity}\n".encode())
+        return digest(shards.hexdigest(), self.classes)
+
+    def lean(self) -> Source:
+        """This source without its list of shards: what a worker needs to read those it is given."""
+        return self
 
     def tables(self) -> Iterator[pa.Table]:
         """Every shard's table, in order."""

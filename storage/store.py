@@ -53,6 +53,10 @@ class Store(ABC):
     def files(self) -> list[FileInfo]:
         """Every file below, sorted by name; empty where there is no such place."""
 
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Name and size in bytes of every file below, in any order."""
+        return ((info.name, info.bytes) for info in self.files())
+
     @abstractmethod
     def info(self, name: str) -> FileInfo | None:
         """What a listing says of one file; ``None`` where there is no such file."""
@@ -70,8 +74,22 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def replace(self, name: str, data: bytes) -> None:
-        """Put ``data`` in place of whatever ``name`` was, durably."""
+    def replace(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        """Put ``data`` in place of whatever ``name`` was, in one step.
+
+        Without ``durable`` a power failure may take it away again.
+        """
+
+    @abstractmethod
+    def link(self, name: str, source: Store) -> None:
+        """Give the file ``name`` of another store of this kind that name here as well.
+
+        Its bytes do not travel: it is a second name on a disk, a copy within an object store.
+
+        Raises:
+            FileExistsError: the name is taken.
+            FileNotFoundError: there is no such file.
+        """
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -133,7 +151,14 @@ class LocalStore(Store):
         return str(self.root)
 
     def files(self) -> list[FileInfo]:
-        found, folders = [], [""] if self.root.is_dir() else []
+        found = (FileInfo(name, s.st_size, str(s.st_mtime_ns)) for name, s in self._walk())
+        return sorted(found, key=lambda info: info.name)
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        return ((name, status.st_size) for name, status in self._walk())
+
+    def _walk(self) -> Iterator[tuple[str, os.stat_result]]:
+        folders = [""] if self.root.is_dir() else []
         while folders:
             folder = folders.pop()
             with os.scandir(self.root / folder) as entries:
@@ -141,10 +166,7 @@ class LocalStore(Store):
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(f"{folder}{entry.name}/")
                     elif entry.is_file():
-                        status = entry.stat()
-                        version = str(status.st_mtime_ns)
-                        found.append(FileInfo(f"{folder}{entry.name}", status.st_size, version))
-        return sorted(found, key=lambda info: info.name)
+                        yield f"{folder}{entry.name}", entry.stat()
 
     def info(self, name: str) -> FileInfo | None:
         path = self.root / name
@@ -163,7 +185,15 @@ class LocalStore(Store):
         os.link(file, final)
         sync(final.parent)
 
-    def replace(self, name: str, data: bytes) -> None:
+    def link(self, name: str, source: Store) -> None:
+        if not isinstance(source, LocalStore):
+            raise TypeError("a file on a disk is linked to one on the same disk")
+        final = self.root / name
+        make_folder(final.parent)
+        os.link(source.root / name, final)
+        sync(final.parent)
+
+    def replace(self, name: str, data: bytes, *, durable: bool = True) -> None:
         final = self.root / name
         make_folder(final.parent)
         folder = self.unfinished or final.parent
@@ -172,13 +202,15 @@ class LocalStore(Store):
         try:
             with temporary.open("wb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             temporary.replace(final)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-        sync(final.parent)
+        if durable:
+            sync(final.parent)
 
     def delete(self, name: str) -> None:
         path = self.root / name

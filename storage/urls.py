@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import pyarrow as pa
@@ -55,30 +55,33 @@ class UrlSource(Source):
         urls = self.urls[start : start + SHARD_ROWS]
         labels = self.labels and self.labels[start : start + SHARD_ROWS]
         identity = digest(urls, labels)
-        return Shard(f"{start // SHARD_ROWS:05d}", identity, len(urls), {"start": start})
+        place = {"urls": list(urls), "labels": labels and list(labels)}
+        return Shard(f"{start // SHARD_ROWS:05d}", identity, len(urls), place)
+
+    def lean(self) -> UrlSource:
+        return replace(self, urls=(), labels=None)
 
     def read(self, shard: Shard) -> pa.Table:
-        start = shard.location["start"]
-        return self._fetch(range(start, start + (shard.rows or 0)))
+        return self._fetch(shard, range(len(shard.location["urls"])))
 
     def take(self, shard: Shard, keys: Sequence[str]) -> pa.Table:
-        start, wanted = shard.location["start"], frozenset(keys)
-        rows = range(start, start + (shard.rows or 0))
-        return self._fetch([row for row in rows if self.urls[row] in wanted])
+        wanted, urls = frozenset(keys), shard.location["urls"]
+        return self._fetch(shard, [row for row, url in enumerate(urls) if url in wanted])
 
-    def _fetch(self, rows: Sequence[int]) -> pa.Table:
-        urls = [self.urls[row] for row in rows]
+    def _fetch(self, shard: Shard, rows: Sequence[int]) -> pa.Table:
+        urls = [shard.location["urls"][row] for row in rows]
+        labels = shard.location["labels"]
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             found = list(pool.map(self._get, urls))
         columns = {
             "key": urls,
             "url": urls,
             "image": [data for data, _ in found],
-            "label": [self.labels[row] if self.labels else None for row in rows],
+            "label": [labels[row] if labels else None for row in rows],
             "error": [error for _, error in found],
         }
         table = pa.table(columns, SCHEMA)
-        return table if self.labels else table.drop_columns(["label"])
+        return table if labels else table.drop_columns(["label"])
 
     def _get(self, url: str) -> tuple[bytes | None, str | None]:
         if refusal := _refusal(url):

@@ -8,7 +8,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -71,6 +71,9 @@ class WebDatasetSource(Source):
         if self.class_names:
             return self.class_names
         return numbered(max(map(self._top_label, self.shards), default=-1), str(self.store))
+
+    def lean(self) -> WebDatasetSource:
+        return replace(self, files=(), class_names=self.classes)
 
     def _top_label(self, shard: Shard) -> int:
         labels = (label_of(sample) for _, sample in self._samples(shard))

@@ -14,10 +14,10 @@ settings.register_profile("pipeline", deadline=None)
 settings.load_profile("pipeline")
 
 TINY = {
-    "teacher": {"train": {"epochs": 4, "checkpoint_epochs": 1}},
+    "teacher": {"train": {"epochs": 4}},
     "recover": {"iterations": 12, "batch_size": 5},
     "relabel": {"views": 3},
-    "student": {"train": {"epochs": 3, "batch_size": 10, "checkpoint_epochs": 1}},
+    "student": {"train": {"epochs": 3, "batch_size": 10}},
     "seeds": 2,
 }
 """A distillation of the digits that has every step and takes seconds."""

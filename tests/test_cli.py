@@ -40,8 +40,28 @@ RUN_OPTIONS = {
     "--threads": "threads",
     "--seed": "seed",
     "--max-bad": "max_bad",
+    "--resources": "resources",
+    "--checkpoint-minutes": "checkpoint_minutes",
+    "-v/--verbose": "verbose",
+}
+DISTILL = {
+    **RUN_OPTIONS,
+    "--out": "out",
+    "--ipc": "ipc",
+    "--teacher-weights": "teacher_weights",
+    "--teacher-backbone": "teacher_backbone",
+}
+CONVERT = {
+    **RUN_OPTIONS,
+    "out": "out",
+    "--format": "format",
+    "--shard-mb": "shard_mb",
+    "--encode": "encode",
+    "--quality": "quality",
+    "--shorter": "shorter",
 }
 OUTPUT = {"-h/--help": "help", "path": "path", "--json": "json"}
+SCHEDULE = {"-h/--help": "help", "--file": "file", "--json": "json"}
 
 
 def test_the_command_line_is_frozen():
@@ -50,29 +70,50 @@ def test_the_command_line_is_frozen():
         "--version": "version",
         "run": {
             "-h/--help": "help",
-            "distill": {
-                **RUN_OPTIONS,
-                "--out": "out",
-                "--ipc": "ipc",
-                "--teacher-weights": "teacher_weights",
-                "--teacher-backbone": "teacher_backbone",
-            },
+            "distill": DISTILL,
         },
-        "convert": {
-            **RUN_OPTIONS,
-            "out": "out",
-            "--format": "format",
-            "--shard-mb": "shard_mb",
-            "--encode": "encode",
-            "--quality": "quality",
-            "--shorter": "shorter",
-        },
+        "convert": CONVERT,
+        "plan": {"-h/--help": "help", "distill": DISTILL, "convert": CONVERT},
+        "status": {**OUTPUT, "--watch": "watch"},
+        "logs": OUTPUT,
+        "cancel": OUTPUT,
         "inspect": {**OUTPUT, "--all": "all", "--sheet": "sheet", "--data": "data"},
         "diff": {"-h/--help": "help", "a": "a", "b": "b", "--data": "data", "--json": "json"},
         "verify": {**OUTPUT, "--deep": "deep", "--subset": "subset"},
-        "repair": OUTPUT,
-        "retry": {**OUTPUT, "--reason": "reason"},
-        "gc": {**OUTPUT, "--delete": "delete", "--intermediate": "intermediate"},
+        "repair": {**OUTPUT, "-v/--verbose": "verbose"},
+        "retry": {**OUTPUT, "--reason": "reason", "-v/--verbose": "verbose"},
+        "gc": {
+            **OUTPUT,
+            "--delete": "delete",
+            "--intermediate": "intermediate",
+            "--snapshots": "snapshots",
+        },
+        "schedule": {
+            "-h/--help": "help",
+            "add": {
+                **SCHEDULE,
+                "name": "name",
+                "--cron": "cron",
+                "--run": "run",
+                "--timezone": "timezone",
+                "--start": "start",
+                "--missed": "missed",
+                "--overlap": "overlap",
+                "--deadline": "deadline",
+                "--replace": "replace",
+            },
+            "remove": {**SCHEDULE, "name": "name"},
+            "list": SCHEDULE,
+            "tick": {**SCHEDULE, "--only": "only", "--now": "now", "--dry-run": "dry_run"},
+            "serve": SCHEDULE,
+            "export": {
+                **SCHEDULE,
+                "name": "name",
+                "--to": "to",
+                "--image": "image",
+                "--out": "out",
+            },
+        },
     }
 
 
@@ -210,7 +251,7 @@ def test_a_data_set_of_which_nothing_is_held_out_is_refused(tmp_path, capsys):
         if in_test(path.relative_to(root).as_posix()):
             path.unlink()
     assert main(["run", "distill", str(root), "--ipc", "2", "--out", str(tmp_path / "out")]) == 1
-    assert "[no-test-images]" in capsys.readouterr().err
+    assert "[no-samples]" in capsys.readouterr().err
 
 
 def test_an_image_folder_is_distilled_and_bad_files_are_counted(tmp_path, capsys):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 import pytest
-from faults import ERRORS, KILLS, Faults, FaultyStore, Killed, output, samples
+from faults import ERRORS, KILLS, Faults, FaultyStore, Killed, output, samples, unheld
 from samples import folder_of, keyed, local_run
 
 from pipeline.errors import RunError
@@ -29,6 +29,15 @@ SEEN: list[str] = []
 TROUBLE: dict[str, str] = {}
 """Why a Fetch cannot take a key, for as long as it cannot."""
 ALL = frozenset[str]()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_hold_and_patience() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.orchestration.run.hold", unheld)
+        patch.setattr("pipeline.orchestration.executor.PAUSES", ())
+        yield
+
 
 
 @dataclass(frozen=True)

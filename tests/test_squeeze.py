@@ -25,10 +25,12 @@ IMAGE = ImageConfig(size=16)
 CONFIG = SqueezeConfig(backbone="convnet3", train=TrainConfig(epochs=2, batch_size=12))
 
 
-def prepared(*, flip: bool) -> SqueezeTraining:
+def prepared(*, flip: bool, batch_size: int = 12) -> SqueezeTraining:
     image = IMAGE.model_copy(update={"flip": flip})
     inputs = {"train": image_table(12, size=16), "test": image_table(6, size=16, seed=1)}
-    return Squeeze(CONFIG, image, 2).prepare(inputs, 3, CPU)
+    settings = CONFIG.train.model_copy(update={"batch_size": batch_size})
+    config = CONFIG.model_copy(update={"train": settings})
+    return Squeeze(config, image, 2).prepare(inputs, 3, CPU)
 
 
 def moved(image: Tensor, down: int, right: int) -> Tensor:
@@ -54,13 +56,14 @@ def test_shifts_repeat_the_border_and_reach_every_place() -> None:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_an_epoch_holds_every_image_shifted_and_perhaps_mirrored(*, flip: bool) -> None:
-    training = prepared(flip=flip)
+    training = prepared(flip=flip, batch_size=4)
     images, labels = training.sets["train"].images, training.sets["train"].labels
     mirrored, rows = 0, []
     places: list[list[list[tuple[int, int]]]] = []
     for epoch in range(3):
         places.append([])
-        for x, targets in training.batches(epoch):
+        for index in range(training.steps):
+            x, targets = training.batch(epoch, index)
             for view, target in zip(x, targets, strict=True):
                 for turned in (False, True):
                     straight = view.flip(2) if turned else view
@@ -76,17 +79,46 @@ def test_an_epoch_holds_every_image_shifted_and_perhaps_mirrored(*, flip: bool) 
 
 def test_the_loss_is_cross_entropy_and_epochs_are_repeatable() -> None:
     training = prepared(flip=True)
-    x, labels = next(training.batches(1))
+    x, labels = training.batch(1, 0)
     training.model.eval()
     logits = training.model(x).detach().double().numpy()
     chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = -np.log(chances[np.arange(12), labels.numpy()]).mean()
     assert training.loss((x, labels)).item() == pytest.approx(expected, rel=1e-5)
     torch.manual_seed(5)
-    again, _ = next(training.batches(1))
-    other, _ = next(training.batches(2))
+    again, _ = training.batch(1, 0)
+    other, _ = training.batch(2, 0)
     assert torch.equal(x, again)
     assert not torch.equal(x, other)
+
+
+def test_a_batch_is_the_same_in_whatever_order_it_is_asked_for() -> None:
+    training = prepared(flip=True, batch_size=4)
+    places = [(epoch, index) for epoch in range(2) for index in range(3)]
+    forwards = {place: training.batch(*place) for place in places}
+    for place in [*reversed(places), *places]:
+        assert all(map(torch.equal, training.batch(*place), forwards[place]))
+
+
+def test_images_of_a_batch_are_moved_by_other_draws_than_those_of_the_next() -> None:
+    training = prepared(flip=False, batch_size=4)
+    images = training.sets["train"].images
+    moves = []
+    for index in range(3):
+        x, _ = training.batch(0, index)
+        found = [where_from(view, image, 2) for view in x for image in images]
+        moves.append([places[0] for places in found if places])
+    assert all(len(batch) == 4 for batch in moves)
+    assert moves[0] != moves[1] != moves[2]
+
+
+def test_given_weights_need_one_worker() -> None:
+    train = CONFIG.train.model_copy(update={"workers": 4})
+    config = CONFIG.model_copy(update={"train": train})
+    assert Squeeze(config, IMAGE, 2).workers == 4
+    given = config.model_copy(update={"weights": "pretrained"})
+    assert Squeeze(given, IMAGE, 2).workers == 1
+    assert Squeeze(config, IMAGE, 2, WeightsFile(Path("w.npz"))).workers == 1
 
 
 def test_given_weights_are_scored_and_not_trained(

@@ -22,12 +22,13 @@ from pipeline.errors import RunError
 from pipeline.orchestration.executor import Record, Resources, Unit, Work, attempt
 from pipeline.orchestration.ledger import Ledger
 from pipeline.orchestration.local_executor import LocalExecutor
-from pipeline.orchestration.run import Run, add_counts, open_run
+from pipeline.orchestration.run import Run, open_run
 from pipeline.stage import ShardContext
 from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.atomic import FileEntry
 from pipeline.storage.formats import Format
 from pipeline.storage.parquet import ParquetFormat
+from pipeline.storage.records import add_counts
 from pipeline.storage.store import LocalStore
 from pipeline.storage.zarr import ZarrFormat
 from pipeline.testing import check_stage, tree_digest
@@ -114,12 +115,13 @@ def test_every_sample_is_accounted_for(sizes: list[int], fates: str, executor: s
         if executor == "backwards":
             run.executor = Backwards()
         source = sieve(run, *sizes, fates=fates)
-        manifest = Artifact.open(source.artifact.store).manifest
+        artifact = Artifact.open(source.artifact.store)
+        manifest, shards = artifact.manifest, list(artifact.records())
         given_ = [key for table in keyed(*sizes).tables() for key in table["key"].to_pylist()]
         fate = {key: Sieve(fates).fate(key) for key in given_}
         assert keys(source) == [key for key in given_ if fate[key] == "k"]
         check_counts(manifest["counts"], fate)
-        assert manifest["counts"] == add_counts([s["counts"] for s in manifest["shards"]])
+        assert manifest["counts"] == add_counts([s["counts"] for s in shards])
         aside = {}
         for path in sorted((folder_of(source) / "quarantine").glob("*.parquet")):
             for row in pq.read_table(path, partitioning=None).to_pylist():
@@ -127,8 +129,8 @@ def test_every_sample_is_accounted_for(sizes: list[int], fates: str, executor: s
                 aside[row.pop("key")] = row
         labels = {row["key"]: row["label"] for t in keyed(*sizes).tables() for row in t.to_pylist()}
         assert aside == {key: {"label": labels[key]} for key in given_ if fate[key] == "b"}
-        offsets = [sum(s["rows"] for s in manifest["shards"][:i]) for i in range(len(sizes))]
-        assert [shard["offset"] for shard in manifest["shards"]] == offsets
+        offsets = [sum(s["rows"] for s in shards[:i]) for i in range(len(sizes))]
+        assert [shard["offset"] for shard in shards] == offsets
         assert not any(Path(folder, ".run", "unfinished").iterdir())
 
 
@@ -197,7 +199,7 @@ def test_a_stage_gets_the_seed_of_run_and_step(tmp_path: Path) -> None:
     def seeds(name: str, seed: int) -> set[int]:
         run = local_run(tmp_path, seed=seed)
         source = run.map(name, keyed(1, 1), [Sieve()], to=ParquetFormat())
-        return {shard["metrics"]["seed"] for shard in source.artifact.shards}
+        return {shard["metrics"]["seed"] for shard in source.artifact.records()}
 
     found = [seeds("a", 0), seeds("b", 0), seeds("a", 1)]
     assert [len(one) for one in found] == [1, 1, 1]
@@ -232,7 +234,7 @@ def test_a_failing_shard_lets_the_others_go_on_and_is_done_by_the_next_start(
 def test_shards_whose_files_are_gone_are_done_again(tmp_path: Path, fmt: Format) -> None:
     finished = sieve(local_run(tmp_path), 2, 2, 2, to=fmt).artifact
     whole = tree_digest(tmp_path)
-    entries = [shard["files"] for shard in finished.shards]
+    entries = [shard["files"] for shard in finished.records()]
     own = [{e["path"] for e in files} for files in entries]
     (folder_of(finished) / min(own[0] - own[1])).unlink()
     (folder_of(finished) / min(own[2] - own[1])).unlink()
@@ -246,7 +248,7 @@ def test_shards_whose_files_are_gone_are_done_again(tmp_path: Path, fmt: Format)
 def test_a_shard_of_which_nothing_is_left_is_a_finished_shard(tmp_path: Path) -> None:
     source = sieve(local_run(tmp_path), 2, 2, fates="ffkk")
     assert keys(source) == ["k2", "k3"]
-    assert [shard["rows"] for shard in source.artifact.shards] == [0, 2]
+    assert [shard["rows"] for shard in source.artifact.records()] == [0, 2]
     (folder_of(source) / "manifest.json").unlink()
     DONE.clear()
     assert keys(sieve(local_run(tmp_path), 2, 2, fates="ffkk")) == ["k2", "k3"]
@@ -314,17 +316,29 @@ def test_the_ledger_believes_files_and_not_records(tmp_path: Path) -> None:
     files = LocalStore(tmp_path / "files")
     ledger = Ledger(LocalStore(tmp_path / "ledger"), files)
     (tmp_path / "files").mkdir()
-    for name in "abcd":
+    records = []
+    for index, name in enumerate("abcd"):
         (tmp_path / "files" / name).write_text("text")
-        entry = FileEntry.of(files, name)
-        ledger.write(name, {"name": name, "files": [vars(entry)], "rows": 1})
-    assert sorted(ledger.finished()) == ["a", "b", "c", "d"]
+        entry = vars(FileEntry.of(files, name))
+        records.append({"index": index, "name": name, "rows": 1, "files": [entry], "at": 1.0})
+        ledger.write(records[-1])
+
+    def finished() -> list[str]:
+        return sorted(name for t in ledger.finished() for name in t["name"].to_pylist())
+
+    assert finished() == ["a", "b", "c", "d"]
     (tmp_path / "files" / "b").unlink()
     (tmp_path / "files" / "c").write_text("tex")
-    (tmp_path / "ledger" / ".e.json.0123").write_text("{")
-    assert sorted(ledger.finished()) == ["a", "d"]
-    assert ledger.finished()["a"]["rows"] == 1
-    assert Ledger(LocalStore(tmp_path / "none"), files).finished() == {}
+    (tmp_path / "ledger" / "shards" / ".e.json.0123").write_text("{")
+    assert finished() == ["a", "d"]
+    ledger.compact(records[:3])
+    assert [path.name for path in (tmp_path / "ledger" / "shards").glob("[a-z]*")] == ["d.json"]
+    assert finished() == ["a", "d"]
+    assert ledger.totals().rows == 4
+    ledger.write(records[0])  # by a worker that was thought dead
+    assert finished() == ["a", "d"]
+    assert ledger.totals().rows == 4
+    assert not list(Ledger(LocalStore(tmp_path / "none"), files).finished())
 
 
 def test_counts_add_up_by_reason() -> None:

@@ -38,11 +38,13 @@ FRONT = {
     "inspect",
     "inspect_text",
     "loaders",
+    "options",
     "recipes",
     "report",
+    "run_text",
     "sample_index",
+    "schedules",
     "sheet",
-    "terminal",
 }
 LAZY = re.compile(r"pipeline(\.\w+)+:\w+")
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import logging
 import math
-from collections.abc import Iterator, Mapping
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -31,8 +38,10 @@ from pipeline.storage.source import TableSource
 from pipeline.storage.store import LocalStore
 from pipeline.testing import tree_digest
 
-STOP_AT: set[int] = set()
-"""Epochs whose batches fail after the first."""
+STOP_AT: set[tuple[int, int]] = set()
+"""Batches that cannot be had, by epoch and place."""
+EPOCHS, STEPS = 3, 4
+BOUNDARIES = range(1, EPOCHS * STEPS)
 
 
 class Noisy(nn.Module):
@@ -53,6 +62,7 @@ class Task:
 
     config: TrainConfig
     note: str = ""
+    workers: int = 1
 
     version: ClassVar[int] = 1
 
@@ -64,18 +74,18 @@ class Task:
 class Session:
     model: nn.Module
     config: TrainConfig
-    steps: int = 3
+    steps: int = STEPS
     modes: list[bool] = field(default_factory=list)
 
-    def batches(self, epoch: int) -> Iterator[Tensor]:
-        for step in range(self.steps):
-            if epoch in STOP_AT and step:
-                raise OSError("the power went out")
-            yield torch.randn(8, 3, generator=torch.Generator().manual_seed(100 * epoch + step))
+    def batch(self, epoch: int, index: int) -> tuple[Tensor]:
+        if (epoch, index) in STOP_AT:
+            raise OSError("the power went out")
+        generator = torch.Generator().manual_seed(100 * epoch + index)
+        return (torch.randn(8, 3, generator=generator),)
 
-    def loss(self, batch: Tensor) -> Tensor:
+    def loss(self, batch: tuple[Tensor]) -> Tensor:
         self.modes.append(self.model.training)
-        return nn.functional.cross_entropy(self.model(batch), (batch[:, 0] > 0).long())
+        return nn.functional.cross_entropy(self.model(batch[0]), (batch[0][:, 0] > 0).long())
 
     def evaluate(self) -> dict[str, Any]:
         return {"training": self.model.training, "gradients": torch.is_grad_enabled()}
@@ -100,26 +110,104 @@ def state(trained: Trained[Any]) -> dict[str, bytes]:
 
 
 def config(**values: Any) -> TrainConfig:
-    return TrainConfig(**{"epochs": 6, "checkpoint_epochs": 2, "lr": 0.05, **values})
+    return TrainConfig(**{"epochs": EPOCHS, "lr": 0.05, **values})
+
+
+def stopped(task: Task, folder: Path, done: int, every: float = 0.0) -> None:
+    """Train until ``done`` steps are done, and fail in the next one."""
+    STOP_AT.add(divmod(done, STEPS))
+    with pytest.raises(OSError, match="power"):
+        train(task, {}, 7, kept(folder, "stopped"), every)
+    STOP_AT.clear()
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("stop", [0, 2, 3, 5])
-def test_a_stopped_training_ends_with_the_same_weights(
-    tmp_path: Path, optimizer: Literal["sgd", "adamw"], stop: int
+def test_a_training_stopped_between_any_two_steps_ends_with_the_same_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, optimizer: Literal["sgd", "adamw"]
 ) -> None:
+    caplog.set_level(logging.INFO)
     task = Task(config(optimizer=optimizer))
     whole = train(task, {}, 7, kept(tmp_path, "whole"))
-    STOP_AT.add(stop)
-    with pytest.raises(OSError, match="power"):
-        train(task, {}, 7, kept(tmp_path, "stopped"))
-    assert (tmp_path / "stopped.pt").exists() == (stop >= 2)
-    STOP_AT.clear()
-    torch.manual_seed(stop)
-    resumed = train(task, {}, 7, kept(tmp_path, "stopped"))
+    for done in BOUNDARIES:
+        caplog.clear()
+        stopped(task, tmp_path, done)
+        torch.manual_seed(done)
+        resumed = train(task, {}, 7, kept(tmp_path, "stopped"))
+        assert state(resumed) == state(whole), done
+        assert resumed.losses == whole.losses
+        assert len(resumed.training.modes) == EPOCHS * STEPS - done
+        epoch, step = (done - 1) // STEPS + 1, (done - 1) % STEPS + 1
+        place = f"epoch {epoch} of {EPOCHS}, step {step} of {STEPS}"
+        assert f"stopped: checkpoint at {place}" in caplog.messages
+        assert caplog.messages[-1] == f"stopped: training goes on from {place}"
+        kept(tmp_path, "stopped").delete()
+
+
+def test_a_training_stopped_again_and_again_ends_with_the_same_weights(tmp_path: Path) -> None:
+    task = Task(config())
+    whole = train(task, {}, 7, kept(tmp_path, "whole"))
+    for done in BOUNDARIES:
+        stopped(task, tmp_path, done)
+    resumed = train(task, {}, 7, kept(tmp_path, "stopped"), every=0)
+    assert len(resumed.training.modes) == 1
+    again = train(task, {}, 7, kept(tmp_path, "stopped"))
+    assert not again.training.modes
+    for one in (resumed, again):
+        assert (state(one), one.losses) == (state(whole), whole.losses)
+        assert one.metrics == whole.metrics
+
+
+def test_checkpoints_are_the_given_seconds_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    clock = itertools.count()
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    task = Task(config())
+    train(task, {}, 7, kept(tmp_path, "a"), every=5)
+    # The clock goes on by one whenever it is asked: at the start, at each step, at each checkpoint.
+    places = ["epoch 2 of 3, step 1 of 4", "epoch 3 of 3, step 2 of 4"]
+    assert caplog.messages == [f"a: checkpoint at {place}" for place in places]
+    whole = train(task, {}, 7, kept(tmp_path, "b"), every=1000)
+    assert not (tmp_path / "b.pt").exists()
+    stopped(task, tmp_path, 8, every=5)
+    resumed = train(task, {}, 7, kept(tmp_path, "stopped"), every=1000)
+    assert len(resumed.training.modes) == 7
     assert state(resumed) == state(whole)
-    assert resumed.losses == whole.losses
-    assert len(resumed.training.modes) == 3 * (6 - stop // 2 * 2)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import test_training as here
+
+def loss(self, batch, real=here.Session.loss):
+    if len(self.modes) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, batch)
+
+here.Session.loss = loss
+here.training.default_device = lambda: torch.device("cpu")
+with here.reproducible(threads=1):
+    here.train(here.Task(here.config()), {}, 7, here.kept(Path(sys.argv[1]), "killed"), every=0)
+"""
+
+
+def test_a_training_killed_within_an_epoch_ends_with_the_same_weights(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    whole = train(Task(config()), {}, 7, kept(tmp_path, "whole"))
+    resumed = train(Task(config()), {}, 7, kept(tmp_path, "killed"))
+    assert len(resumed.training.modes) == EPOCHS * STEPS - 6
+    assert (state(resumed), resumed.losses) == (state(whole), whole.losses)
 
 
 def test_weights_follow_the_seed_alone(tmp_path: Path) -> None:
@@ -132,11 +220,17 @@ def test_weights_follow_the_seed_alone(tmp_path: Path) -> None:
     assert state(first) != state(other)
 
 
-def test_the_interval_of_checkpoints_does_not_reach_the_weights(tmp_path: Path) -> None:
-    often = train(Task(config(checkpoint_epochs=1)), {}, 7, kept(tmp_path, "a"))
-    never = train(Task(config(checkpoint_epochs=99)), {}, 7, kept(tmp_path, "b"))
-    assert state(often) == state(never)
-    assert not (tmp_path / "b.pt").exists()
+def test_random_numbers_differ_from_step_to_step(tmp_path: Path) -> None:
+    drawn = []
+
+    class Drawing(Session):
+        def loss(self, batch: tuple[Tensor]) -> Tensor:
+            drawn.append(torch.rand(()).item())
+            return super().loss(batch)
+
+    task = type("Given", (), {"prepare": lambda *_: Drawing(Noisy(), config())})()
+    train(task, {}, 7, kept(tmp_path, "a"))
+    assert len(set(drawn)) == EPOCHS * STEPS
 
 
 @pytest.mark.parametrize("place", [0, 31, 32, 40, -1])
@@ -145,37 +239,76 @@ def test_a_damaged_checkpoint_leads_to_training_anew(
 ) -> None:
     task = Task(config())
     whole = train(task, {}, 7, kept(tmp_path, "whole"))
-    STOP_AT.add(5)
-    with pytest.raises(OSError, match="power"):
-        train(task, {}, 7, kept(tmp_path, "a"))
-    STOP_AT.clear()
-    data = bytearray((tmp_path / "a.pt").read_bytes())
+    stopped(task, tmp_path, 6)
+    path = tmp_path / "stopped.pt"
+    data = bytearray(path.read_bytes())
     data[place] ^= 4
-    (tmp_path / "a.pt").write_bytes(data)
-    resumed = train(task, {}, 7, kept(tmp_path, "a"))
+    path.write_bytes(data)
+    resumed = train(task, {}, 7, kept(tmp_path, "stopped"))
     assert "the checkpoint is damaged, training begins anew" in caplog.text
-    assert len(resumed.training.modes) == 18
+    assert len(resumed.training.modes) == EPOCHS * STEPS
     assert state(resumed) == state(whole)
 
 
+def without(name: str) -> Callable[[dict[str, Any]], object]:
+    return lambda found: found.pop(name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        without("done"),
+        without("optimizer"),
+        lambda found: found["model"].pop("linear.bias"),
+        lambda found: found["model"].update({"linear.bias": torch.zeros(3)}),
+        lambda found: found.update(more=1),
+    ],
+)
+def test_a_checkpoint_of_something_else_leads_to_training_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable[[dict[str, Any]], object]
+) -> None:
+    task = Task(config())
+    whole = train(task, {}, 7, kept(tmp_path, "whole"))
+    stopped(task, tmp_path, 6)
+    checkpoint = kept(tmp_path, "stopped")
+    found = checkpoint.read()
+    assert found is not None
+    change(found)
+    checkpoint.write(found)
+    resumed = train(task, {}, 7, checkpoint)
+    assert "the checkpoint does not fit the model, training begins anew" in caplog.text
+    assert len(resumed.training.modes) == EPOCHS * STEPS
+    assert state(resumed) == state(whole)
+
+
+def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
+    class Diverging(Session):
+        def loss(self, batch: tuple[Tensor]) -> Tensor:
+            return super().loss(batch) / 0
+
+    task = type("Given", (), {"prepare": lambda *_: Diverging(Noisy(), config())})()
+    with pytest.raises(RunError, match=r"'a' diverged: in epoch 1 .* 'lr' lower"):
+        train(task, {}, 7, kept(tmp_path, "a"))
+
+
 def test_no_part_of_a_checkpoint_is_taken_for_one(tmp_path: Path) -> None:
-    checkpoint, device = kept(tmp_path, "a"), torch.device("cpu")
-    assert checkpoint.read(device) is None
+    checkpoint = kept(tmp_path, "a")
+    assert checkpoint.read() is None
     checkpoint.write({"losses": [1.0], "x": torch.arange(3)})
     data = (tmp_path / "a.pt").read_bytes()
-    found = checkpoint.read(device)
+    found = checkpoint.read()
     assert found is not None
     assert found["x"].tolist() == [0, 1, 2]
     for size in (0, 1, 31, 32, 33, len(data) // 2, len(data) - 1):
         (tmp_path / "a.pt").write_bytes(data[:size])
-        assert checkpoint.read(device) is None
+        assert checkpoint.read() is None
     checkpoint.delete()
     checkpoint.delete()
     assert not (tmp_path / "a.pt").exists()
 
 
 def test_a_fit_without_a_checkpoint_ends_well(tmp_path: Path) -> None:
-    settings = config(epochs=1, batch_size=10, checkpoint_epochs=9)
+    settings = config(epochs=1, batch_size=10)
     task = Squeeze(SqueezeConfig(backbone="convnet3", train=settings), SMALL, 2)
     artifact = local_run(tmp_path).fit("teacher", task, train=pictures(), test=pictures())
     assert artifact.metrics["images"] == 30
@@ -183,9 +316,23 @@ def test_a_fit_without_a_checkpoint_ends_well(tmp_path: Path) -> None:
 
 def test_training_and_evaluation_have_their_modes(tmp_path: Path) -> None:
     trained = train(Task(config()), {}, 7, kept(tmp_path, "a"))
-    assert trained.training.modes == [True] * 18
+    assert trained.training.modes == [True] * (EPOCHS * STEPS)
     assert trained.metrics == {"training": False, "gradients": False}
     assert trained.losses[-1] < trained.losses[0]
+
+
+def test_an_epoch_is_told_by_its_mean_loss(tmp_path: Path) -> None:
+    told = []
+
+    class Telling(Session):
+        def loss(self, batch: tuple[Tensor]) -> Tensor:
+            loss = super().loss(batch)
+            told.append(loss.item())
+            return loss
+
+    task = type("Given", (), {"prepare": lambda *_: Telling(Noisy(), config())})()
+    losses = train(task, {}, 7, kept(tmp_path, "a")).losses
+    assert losses == pytest.approx(np.reshape(told, (EPOCHS, STEPS)).mean(1), rel=1e-12)
 
 
 def test_no_epochs_leave_the_weights_as_they_were_made(tmp_path: Path) -> None:
@@ -207,7 +354,7 @@ class Slope(nn.Module):
 
 @dataclass
 class Descent(Session):
-    def loss(self, batch: Tensor) -> Tensor:
+    def loss(self, batch: tuple[Tensor]) -> Tensor:
         return 0.3 * self.model.vector.sum() - 0.2 * self.model.matrix.sum()  # type: ignore[operator]
 
 
@@ -223,7 +370,7 @@ def test_weights_follow_the_equations_of_the_optimiser_and_a_cosine(
         ("vector", [1.0, -2.0], 0.3, 0.0),
         ("matrix", [[3.0, -1.0]], -0.2, 0.5),
     ):
-        expected = descend(np.array(start), slope, decay, optimizer, 0.1, 12)
+        expected = descend(np.array(start), slope, decay, optimizer, 0.1, 4 * STEPS)
         found = session.model.get_parameter(name).detach().numpy()
         assert np.allclose(found, expected, rtol=1e-5, atol=1e-6), name
 
@@ -252,7 +399,7 @@ SMALL = ImageConfig(size=8, channels=1, mean=(0.5,), std=(0.25,))
 
 
 def squeeze(**values: Any) -> Squeeze:
-    settings = config(epochs=3, batch_size=10, checkpoint_epochs=1, **values)
+    settings = config(epochs=3, batch_size=10, **values)
     return Squeeze(SqueezeConfig(backbone="convnet3", train=settings), SMALL, 2)
 
 
@@ -301,6 +448,7 @@ def test_a_stopped_fit_goes_on_and_writes_the_same_bytes(
     inputs = {"train": pictures(), "test": pictures()}
     fits = {name: Fit(squeeze(lr=lr), inputs) for name, lr in (("a", 0.01), ("b", 0.02))}
     local_run(tmp_path / "whole").fit_each("models", fits)
+    often = {"checkpoint_seconds": 0.0}
     loss, seen = SqueezeTraining.loss, []
 
     def failing(self: SqueezeTraining, batch: Any) -> Tensor:
@@ -311,12 +459,12 @@ def test_a_stopped_fit_goes_on_and_writes_the_same_bytes(
 
     monkeypatch.setattr(SqueezeTraining, "loss", failing)
     with pytest.raises(RunError, match=r"1 of 2 .* the power went out"):
-        local_run(tmp_path / "stopped").fit_each("models", fits)
+        local_run(tmp_path / "stopped", **often).fit_each("models", fits)
     assert [p.name for p in (tmp_path / "stopped" / ".run").rglob("*.pt")] == ["a.pt"]
     seen.clear()
     run = local_run(tmp_path / "stopped")
     run.fit_each("models", fits)
-    assert (run.executed, len(seen)) == (1, 3)
+    assert (run.executed, len(seen)) == (1, 2)
     assert tree_digest(tmp_path / "stopped") == tree_digest(tmp_path / "whole")
     assert not list((tmp_path / "stopped" / ".run").rglob("*.pt"))
 

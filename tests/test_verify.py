@@ -19,6 +19,7 @@ from pipeline.orchestration.garbage import find_garbage
 from pipeline.orchestration.verify import verify
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.open_source import open_source
+from pipeline.storage.records import to_table
 from pipeline.storage.store import open_store
 from pipeline.testing import tree_digest
 
@@ -57,8 +58,9 @@ def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[
 
 
 def listed(out: Path) -> list[Path]:
-    """Every file but the lock, the log and the recorded command."""
-    return [p for p in sorted(out.rglob("*")) if p.is_file() and p.parent != out / ".run"]
+    """Every file but the lock, the logs and what is recorded of the command."""
+    others = {out / ".run", out / ".run" / "logs", out / ".run" / "live"}
+    return [p for p in sorted(out.rglob("*")) if p.is_file() and p.parent not in others]
 
 
 def flip(path: Path, place: int) -> None:
@@ -166,13 +168,15 @@ def test_garbage_goes_only_when_told_to(
     before = tree_digest(out)
     code, found = command(capsys, "gc", str(out))
     assert (code, found["deleted"]) == (0, False)
-    assert set(found["groups"]) == {
-        "left by processes that died",
-        "steps of other configurations",
-    }
+    assert set(found["groups"]) == {"left by processes that died"}
+    _, found = command(capsys, "gc", str(out), "--snapshots")
+    assert set(found["groups"]) == {"left by processes that died", "earlier snapshots"}
     assert tree_digest(out) == before
     command(capsys, "gc", str(out), "--delete")
     assert not list((out / ".run" / "unfinished").rglob("*.tar"))
+    assert tree_digest(out) == before
+    assert command(capsys, "verify", str(out), "--deep")[0] == 0
+    command(capsys, "gc", str(out), "--delete", "--snapshots")
     assert {path.name.rpartition("-")[0] for path in out.iterdir() if path.is_dir()} == {
         "",
         "train",
@@ -294,7 +298,6 @@ def test_a_manifest_cannot_name_files_outside(tmp_path: Path) -> None:
     entry = {"path": "../secret", "bytes": 6, "sha256": "0" * 64}
     for manifest in (
         {"files": [entry]},
-        {"shards": [{"name": "a", "files": [{**entry, "path": "/etc/passwd"}]}]},
         {"products": {"train": "../other"}},
         {"base": "a/b"},
         {"base": ".."},
@@ -302,3 +305,8 @@ def test_a_manifest_cannot_name_files_outside(tmp_path: Path) -> None:
         Artifact.finish(store, {"kind": "table", "identity": "x", **manifest})
         with pytest.raises(RunError, match="damaged-manifest"):
             Artifact.open(store)
+    for path in ("../secret", "/etc/passwd"):
+        records = to_table([{"index": 0, "name": "a", "files": [{**entry, "path": path}]}])
+        artifact = Artifact.finish(store, {"kind": "table", "identity": "x"}, records)
+        with pytest.raises(RunError, match="damaged-manifest"):
+            artifact.records_table()

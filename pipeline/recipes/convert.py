@@ -64,7 +64,7 @@ def convert(run: Run, data: Dataset, config: ConvertConfig) -> dict[str, Any]:
     summary: dict[str, Any] = {**about}
     for name, artifact in products.items():
         counts: Mapping[str, Any] = artifact.manifest["counts"]
-        summary[name] = {"path": str(artifact.store), "shards": len(artifact.shards), **counts}
+        summary[name] = {"path": str(artifact.store), "shards": artifact.shards, **counts}
     return summary
 
 

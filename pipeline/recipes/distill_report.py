@@ -61,7 +61,7 @@ def evaluation_table(
         mean, spread = statistics.fmean(scores), statistics.stdev(scores) if scores[1:] else 0.0
         return dict(zip(NAMES, (arm, title, count, mean, spread, len(scores)), strict=True))
 
-    scores = {shard["name"]: shard["metrics"]["accuracy"] for shard in students.shards}
+    scores = {shard["name"]: shard["metrics"]["accuracy"] for shard in students.records()}
     title = "teacher: real images" if _losses(teacher, UNIT) else "teacher: given weights"
     rows = [
         row(arm, trained_on, images, [scores[unit] for unit in _units(students, arm)])
@@ -142,7 +142,7 @@ def _evaluation(rows: Sequence[Mapping[str, Any]], students: Artifact) -> str:
     )
     bars = [(row["trained_on"], row["accuracy"], row["spread"]) for row in rows]
     chart = bar_chart("Accuracy by training set", bars, limit=100, unit="%")
-    tested = students.shards[0]["metrics"]["images"]
+    tested = students.metrics["images"]
     caption = f"Accuracy on {tested:,} test images: mean over seeds and sample standard deviation."
     return table + figure(chart, caption)
 
@@ -205,7 +205,7 @@ def _loss_charts(
 
 def _trace(recover: Mapping[str, Any], images: Artifact) -> str:
     """The synthesis: its losses by iteration, mean over shards."""
-    metrics = [shard["metrics"] for shard in images.shards]
+    metrics = [shard["metrics"] for shard in images.records()]
     steps = [row[0] for row in metrics[0]["trace"]]
     losses = {
         name: list(zip(steps, _mean([[r[i] for r in m["trace"]] for m in metrics]), strict=True))
@@ -228,7 +228,7 @@ def _trace(recover: Mapping[str, Any], images: Artifact) -> str:
 
 def _sizes(images: ArtifactSource, labels: ArtifactSource) -> str:
     count = images.artifact.manifest["counts"]["out"]
-    files = {e["path"]: e["bytes"] for shard in labels.artifact.shards for e in shard["files"]}
+    files = {e["path"]: e["bytes"] for shard in labels.artifact.records() for e in shard["files"]}
     logits = sum(size for path, size in files.items() if "/logits/" in path)
     sizes = {
         "images": images.bytes(),
@@ -266,7 +266,7 @@ def _provenance(about: Mapping[str, Any], products: Mapping[str, str]) -> str:
 
 
 def _units(students: Artifact, arm: str) -> list[str]:
-    names: list[str] = [shard["name"] for shard in students.shards]
+    names: list[str] = [shard["name"] for shard in students.records()]
     return [name for name in names if name.rpartition("-")[0] == arm]
 
 

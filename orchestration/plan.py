@@ -1,0 +1,187 @@
+"""What a run would do: the recipe is walked, and nothing is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NoReturn
+
+import pyarrow as pa
+
+from pipeline.orchestration.adopt import earlier, known_shards
+from pipeline.orchestration.execute import finished
+from pipeline.orchestration.executor import Resources
+from pipeline.orchestration.fit import Fit
+from pipeline.orchestration.run import MapStep, Run
+from pipeline.orchestration.steps import ShardUnit, StepFolders, shard_units
+from pipeline.stage import Stage
+from pipeline.storage.artifact import Artifact, ArtifactSource
+from pipeline.storage.formats import Format
+from pipeline.storage.parquet import ParquetFormat
+from pipeline.storage.source import Shard, Source
+
+
+class NotYetMadeError(Exception):
+    """A recipe looked at what a step has not made yet; its argument is the step's name."""
+
+
+class _Unmade(dict[str, Any]):
+    """What is known of a manifest before it is written."""
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise NotYetMadeError(self["step"])
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return default if key == "base" else self[key]
+
+
+class PlannedSource(ArtifactSource):
+    """The output of a step that is not done yet: its identity is known, its samples are not.
+
+    Args:
+        artifact: with what is known of its manifest.
+        units: what the step would do.
+    """
+
+    def __init__(self, artifact: Artifact, units: Callable[[], Iterable[ShardUnit]]) -> None:
+        super().__init__(artifact)
+        self._units = units
+
+    @cached_property
+    def planned(self) -> list[Shard]:
+        """The shards that there will be; those that come out empty are left out in the end."""
+        return [Shard(unit.name, unit.identity) for unit in self._units()]
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        raise NotYetMadeError(self.artifact.manifest["step"])
+
+    def read(self, shard: Shard) -> pa.Table:
+        raise NotYetMadeError(self.artifact.manifest["step"])
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What would be done for one step.
+
+    Attributes:
+        step: its name.
+        folder: where its output lies.
+        stages: what is done with a shard, one after the other in one process.
+        resources: what a shard is given.
+        shards: how many it has.
+        finished: how many of them are done.
+        adopted: how many an earlier snapshot holds: they are taken over.
+        failed: how many are in quarantine: they are left alone.
+        bytes: size of what would be read, where it is known.
+    """
+
+    step: str
+    folder: str
+    stages: tuple[str, ...]
+    resources: Resources
+    shards: int = 0
+    finished: int = 0
+    adopted: int = 0
+    failed: int = 0
+    bytes: int | None = None
+
+    @property
+    def missing(self) -> int:
+        """Shards that would be worked on."""
+        return self.shards - self.finished - self.adopted - self.failed
+
+
+@dataclass
+class Planner(Run):
+    """A run that does nothing, and notes what it would have done.
+
+    A recipe that needs to look at what a step gives, such as the labels in an index, can be
+    followed up to there as long as that step is not finished.
+    """
+
+    plans: list[StepPlan] = field(default_factory=list)
+    publishes: bool = False
+
+    def follow(self, recipe: Callable[[Run], object]) -> str | None:
+        """Walk a recipe; the step whose output has to be there to see further."""
+        try:
+            recipe(self)
+        except NotYetMadeError as error:
+            return str(error.args[0])
+        return None
+
+    def map(
+        self, name: str, source: Source, stages: Sequence[Stage], *, to: Format
+    ) -> ArtifactSource:
+        step = self._map_step(name, source, stages, to)
+        folders = self._folders(step.folder)
+        names = ["read", *(type(stage).__name__ for stage in stages), f"write {to.name}"]
+        plan = StepPlan(name, step.folder, tuple(names), step.resources)
+        if Artifact.exists(folders.artifact):
+            self._note_finished(plan, folders)
+            return super().map(name, source, stages, to=to)
+        shards = source.planned if isinstance(source, PlannedSource) else source.shards
+
+        def units() -> Iterator[ShardUnit]:
+            # Of a planned source it is not known whether a format can hold it.
+            writer = ParquetFormat() if isinstance(source, PlannedSource) else to
+            return shard_units(shards, writer, step.work)
+
+        self.plans.append(self._looked_at(replace(plan, shards=len(shards)), step, folders, units))
+        known = {"kind": "table", "step": name, "identity": step.identity}
+        artifact = Artifact(folders.artifact, _Unmade(**known, classes=list(source.classes)))
+        self.steps[artifact.name] = artifact
+        return PlannedSource(artifact, units)
+
+    def _looked_at(
+        self,
+        plan: StepPlan,
+        step: MapStep,
+        folders: StepFolders,
+        units: Callable[[], Iterator[ShardUnit]],
+    ) -> StepPlan:
+        done = finished(folders, plan.shards)
+        known = known_shards(earlier(self.out, step.name, step.work))
+        count, adopted, size, sized = int(done.sum()), 0, 0, True
+        for unit in units():
+            if done[unit.index]:
+                continue
+            if unit.identity in known:
+                adopted += 1
+            elif unit.shard.bytes is None:
+                sized = False
+            else:
+                size += unit.shard.bytes
+        failed = len(folders.ledger.failed())
+        size_read = size if sized else None
+        return replace(plan, finished=count, adopted=adopted, failed=failed, bytes=size_read)
+
+    def _begin(self, step: str) -> StepFolders:
+        return self._folders(step)
+
+    def fit_each(self, name: str, fits: Mapping[str, Fit]) -> Artifact:
+        identity, folders = self._fit_step(name, fits)
+        kinds = sorted({type(fit.task).__name__ for fit in fits.values()})
+        plan = StepPlan(
+            name, folders.artifact.url.rpartition("/")[2], tuple(kinds), self._resources(name)
+        )
+        if Artifact.exists(folders.artifact):
+            self._note_finished(plan, folders)
+            return super().fit_each(name, fits)
+        done = int(finished(folders, len(fits)).sum())
+        failed = len(folders.ledger.failed())
+        self.plans.append(replace(plan, shards=len(fits), finished=done, failed=failed))
+        known = {"kind": "models", "step": name, "identity": identity}
+        artifact = Artifact(folders.artifact, _Unmade(**known))
+        self.steps[artifact.name] = artifact
+        return artifact
+
+    def _note_finished(self, plan: StepPlan, folders: StepFolders) -> None:
+        count = Artifact.open(folders.artifact).shards
+        self.plans.append(replace(plan, shards=count, finished=count))
+
+    def published(self, kind: str, products: Mapping[str, Artifact]) -> bool:
+        self.publishes = not super().published(kind, products)
+        return True

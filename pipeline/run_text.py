@@ -1,0 +1,87 @@
+"""Runs on a terminal: what they would do, how far they are, what they gave."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from pipeline.orchestration.progress import clock
+from pipeline.orchestration.status import Status
+from pipeline.terminal import grid, human, printable
+
+
+def plan_text(summary: dict[str, Any], options: Namespace) -> str:
+    """What a run would do, for a terminal."""
+    rows = [("step", "shards", "finished", "taken over", "to do", "to read", "where")]
+    for step in summary["steps"]:
+        size = "" if step["bytes"] is None else human(step["bytes"])
+        figures = [f"{step[name]:,}" for name in ("shards", "finished", "adopted", "missing")]
+        where = _where(step, options) if step["missing"] else ""
+        rows.append((step["step"], *figures, size, where))
+    lines = grid(rows)
+    if summary["until"]:
+        lines.append(f"What comes then depends on what '{summary['until']}' gives.")
+    if not summary["todo"]:
+        lines.append("There is nothing to do.")
+    return "\n".join(lines)
+
+
+def _where(step: dict[str, Any], options: Namespace) -> str:
+    """Which process does what: all stages of a step are done in one."""
+    needs = step["resources"]
+    chain = " > ".join(step["stages"])
+    threads = f"{needs['threads']} thread{'s' * (needs['threads'] > 1)}"
+    if options.executor == "local":
+        return f"{chain}, in this process, {threads}"
+    kind = f"actors with {needs['gpus']:g} GPU" if needs["gpus"] else "tasks"
+    most = needs["workers"] or options.workers
+    return f"{chain}, in one process: Ray {kind}, {threads}" + (
+        f", {most} at a time" if most else ""
+    )
+
+
+def status_text(found: Status) -> str:
+    """How far a run is."""
+    lines = [f"{found.state}: {found.holder}" if found.holder else found.state]
+    rows = [("step", "state", "shards", "samples", "out", "bad", "samples/s", "ETA")]
+    for step in found.steps:
+        counts = step.totals.counts
+        rows.append(
+            (
+                step.step,
+                step.state,
+                f"{step.done:,} of {step.shards:,}",
+                f"{counts['in']:,}",
+                f"{counts['out']:,}",
+                f"{sum(counts['quarantined'].values()):,}",
+                f"{step.rate:,.0f}" if step.rate else "",
+                clock(step.eta) if step.eta else "",
+            )
+        )
+    lines += grid(rows)
+    for step in found.steps:
+        lines += [f"failed: {step.step}: {name}: {what}" for name, what in step.failed.items()]
+    return "\n".join(map(printable, lines))
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """What a recipe gave, for a terminal."""
+    lines = []
+    if rows := summary.get("evaluation"):
+        lines.append(f"{'trained on':<34}{'images':>8}{'accuracy, %':>13}")
+        for row in rows:
+            spread = f" +- {row['spread']:.2f} ({row['seeds']} seeds)" if row["seeds"] > 1 else ""
+            count = "" if row["images"] is None else row["images"]
+            lines.append(f"{row['trained_on']:<34}{count:>8}{row['accuracy']:>13.2f}{spread}")
+        lines.append("")
+    for name in ("train", "test"):
+        if split := summary.get(name):
+            bad = sum(split["quarantined"].values())
+            lines.append(
+                f"{name + ':':<8} {split['out']:,} of {split['in']:,} samples in "
+                f"{split['shards']:,} shards" + (f", {bad:,} in quarantine" if bad else "")
+            )
+            lines.append(f"{'':<8} {split['path']}")
+    names = ("images", "labels", "report")
+    lines += [f"{name + ':':<8} {summary[name]}" for name in names if name in summary]
+    return "\n".join(lines)
