@@ -62,7 +62,11 @@ class Resources(Config):
     """What one unit of a step needs."""
 
     threads: int = Field(1, ge=1, description="CPU threads; the sums of floats depend on them")
-    gpus: float = Field(0.0, ge=0, description="GPUs, or the share of one: two units with 0.5 each")
+    gpus: float = Field(
+        0.0,
+        ge=0,
+        description="GPUs, or the share of one; a network is given 1 where nothing else is said",
+    )
     memory: int = Field(0, ge=0, description="bytes of main memory that Ray sets aside; 0: unsaid")
     workers: int | None = Field(None, ge=1, description="units at a time; else as many as fit")
 
@@ -83,6 +87,9 @@ class Executor(Protocol):
         Raises:
             UsageError: this executor has one worker.
         """
+
+    def gpus(self) -> float:
+        """GPUs that workers have to be given; what this process has is used without that."""
 
     def check_output(self, out: Store) -> None:
         """Make sure that every worker writes where this process reads.

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from pipeline.errors import UsageError
 from pipeline.orchestration.run import PLAN, WORK
-from pipeline.orchestration.snapshots import FOLDER, REPORT, open_snapshot, snapshots
+from pipeline.orchestration.snapshots import REPORT, open_snapshot, snapshots
 from pipeline.orchestration.verify import verify
-from pipeline.storage.artifact import Artifact
+from pipeline.storage.artifact import SNAPSHOTS, Artifact
 from pipeline.storage.store import FileInfo, Store
 
 SET_ASIDE = {"unfinished": "left by processes that died", "damaged": "damaged and set aside"}
@@ -75,7 +75,7 @@ def find_garbage(
             folder = rest.partition("/")[0] if "/" in rest else ""
         else:
             what = "listed in no manifest" if info.name in unlisted and folder in steps else None
-        if folder in old or (expired and folder == FOLDER and rest):
+        if folder in old or (expired and folder == SNAPSHOTS and rest):
             what = "earlier snapshots"
         elif folder in made | steps and folder not in SET_ASIDE:
             if folder not in steps:

@@ -32,6 +32,9 @@ class LocalExecutor:
             code="needs-ray",
         )
 
+    def gpus(self) -> float:
+        return 0.0
+
     def check_output(self, out: Store) -> None:
         """The only worker is this process."""
 

@@ -70,6 +70,7 @@ class StepPlan:
         folder: where its output lies.
         stages: what is done with a shard, one after the other in one process.
         resources: what a shard is given.
+        model: whether a network is run.
         shards: how many it has.
         finished: how many of them are done.
         adopted: how many an earlier snapshot holds: they are taken over.
@@ -81,6 +82,7 @@ class StepPlan:
     folder: str
     stages: tuple[str, ...]
     resources: Resources
+    model: bool
     shards: int = 0
     finished: int = 0
     adopted: int = 0
@@ -118,7 +120,8 @@ class Planner(Run):
         step = self._map_step(name, source, stages, to)
         folders = self._folders(step.folder)
         names = ["read", *(type(stage).__name__ for stage in stages), f"write {to.name}"]
-        plan = StepPlan(name, step.folder, tuple(names), step.resources)
+        model = any(getattr(stage, "model", False) for stage in stages)
+        plan = StepPlan(name, step.folder, tuple(names), step.resources, model)
         if Artifact.exists(folders.artifact):
             self._note_finished(plan, folders)
             return super().map(name, source, stages, to=to)
@@ -164,9 +167,8 @@ class Planner(Run):
     def fit_each(self, name: str, fits: Mapping[str, Fit]) -> Artifact:
         identity, folders = self._fit_step(name, fits)
         kinds = sorted({type(fit.task).__name__ for fit in fits.values()})
-        plan = StepPlan(
-            name, folders.artifact.url.rpartition("/")[2], tuple(kinds), self._resources(name)
-        )
+        folder = folders.artifact.url.rpartition("/")[2]
+        plan = StepPlan(name, folder, tuple(kinds), self._resources(name), model=True)
         if Artifact.exists(folders.artifact):
             self._note_finished(plan, folders)
             return super().fit_each(name, fits)

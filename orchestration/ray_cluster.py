@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,7 @@ def start(address: str | None, *, verbose: bool) -> None:
         if not verbose:
             warnings.simplefilter("ignore")
         try:
+            _call(address)
             ray.init(
                 # Whatever RAY_ADDRESS says: a cluster is joined where one is named.
                 address=address or "local",
@@ -46,7 +48,7 @@ def start(address: str | None, *, verbose: bool) -> None:
                 logging_level=logging.INFO if verbose else logging.ERROR,
                 log_to_driver=verbose,
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise RunError(
                 f"No Ray cluster answers: {error}.",
                 hint="Check --address, or leave it out to start one on this machine.",
@@ -65,6 +67,13 @@ def start(address: str | None, *, verbose: bool) -> None:
             # What it has to say lies in its own log files.
             if isinstance(handler, logging.StreamHandler):
                 logger.removeHandler(handler)
+
+
+def _call(address: str | None) -> None:
+    """Ray takes minutes to find that nobody is there. Raises OSError."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal() and "//" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
 
 
 def nodes() -> dict[str, dict[str, Any]]:

@@ -91,6 +91,9 @@ class RayExecutor:
             time.sleep(PAUSES[min(lost, len(PAUSES) - 1)])
         return train_on_ray(work, unit, workers, resources)
 
+    def gpus(self) -> float:
+        return float(self._start().ray.cluster_resources().get("GPU", 0.0))
+
     def check_output(self, out: Store) -> None:
         if out.url.startswith("memory:"):
             raise RunError(

@@ -150,7 +150,8 @@ class Run:
         units = shard_units(shards, step.to, step.work)
 
         def do(missing: Iterator[Unit]) -> Iterator[Record]:
-            return self.executor.run(work, missing, step.resources)
+            model = any(getattr(stage, "model", False) for stage in step.stages)
+            return self.executor.run(work, missing, self._with_gpus(step.resources, model))
 
         records = self._execute(step.name, folders, step.identity, units, len(shards), do)
         manifest = {
@@ -220,11 +221,12 @@ class Run:
         if Artifact.exists(folders.artifact):
             return self._found(name, folders)
         _check_inputs(name, fits)
-        resources, seed = self._resources(name), seed_for(self.seed, name)
-        work = FitWork(folders, fits, seed, resources.threads, self.checkpoint_seconds)
+        threads, seed = self._resources(name).threads, seed_for(self.seed, name)
+        work = FitWork(folders, fits, seed, threads, self.checkpoint_seconds)
         units = [FitUnit(index, unit) for index, unit in enumerate(fits)]
 
         def do(missing: Iterator[Unit]) -> Iterator[Record]:
+            resources = self._with_gpus(self._resources(name), True)
             teams = {unit.name: fits[unit.name].task.workers for unit in units}
             left = list(missing)
             alone = [unit for unit in left if teams[unit.name] == 1]
@@ -279,6 +281,13 @@ class Run:
 
     def _resources(self, name: str) -> Resources:
         return self.resources.get(name) or Resources(threads=self.threads)
+
+    def _with_gpus(self, resources: Resources, model: bool) -> Resources:
+        """Resources with a GPU for a unit that runs a network, where nothing else was said."""
+        if "gpus" in resources.model_fields_set:
+            return resources
+        gpus = 1.0 if model and self.executor.gpus() >= 1 else 0.0
+        return resources.model_copy(update={"gpus": gpus})
 
     def _begin(self, step: str) -> StepFolders:
         """The folders of a step that the run has come to."""
@@ -386,6 +395,7 @@ def open_run(
             closing(executor),
         ):
             out.clear()
+            executor.check_output(out)
             yield Run(out, executor, progress=shown, check=held.check, **options)
     except OSError as error:
         raise storage_error(error, str(out)) from error

@@ -7,23 +7,22 @@ from typing import Any
 
 from pipeline.digest import canonical
 from pipeline.errors import PipelineError, UsageError
-from pipeline.storage.artifact import MANIFEST, Artifact
+from pipeline.storage.artifact import MANIFEST, SNAPSHOTS, Artifact
 from pipeline.storage.store import Store
 
-FOLDER = "snapshots"
 REPORT = "report.html"
 
 
 def snapshots(out: Store) -> list[int]:
     """The numbers of the earlier snapshots of an output, oldest first."""
-    names = [info.name.split("/") for info in out.below(FOLDER).files()]
+    names = [info.name.split("/") for info in out.below(SNAPSHOTS).files()]
     found = {int(p[0]) for p in names if len(p) == 2 and p[0].isdecimal() and p[1] == MANIFEST}
     return sorted(found)
 
 
 def place_of(out: Store, number: int) -> Store:
     """Where the manifest and the report of a snapshot lie."""
-    return out.below(f"{FOLDER}/{number:06d}")
+    return out.below(f"{SNAPSHOTS}/{number:06d}")
 
 
 def open_snapshot(out: Store, number: int | None = None) -> Artifact:
@@ -42,7 +41,7 @@ def open_snapshot(out: Store, number: int | None = None) -> Artifact:
             code="no-snapshot",
             where=str(out),
         )
-    return Artifact(out, Artifact.open(place_of(out, number)).manifest)
+    return Artifact.open(place_of(out, number))
 
 
 def keep(out: Store, new: Mapping[str, Any]) -> None:

@@ -169,11 +169,22 @@ def plan(recipe: str, dataset: str, **options: Any) -> dict[str, Any]:
     planner = Planner(job.store(found), executors.get("local")(), **job.options)
     until = planner.follow(lambda run: chosen.run(run, found, values))
     steps = [
-        {**vars(step), "resources": step.resources.model_dump(), "missing": step.missing}
+        {
+            **vars(step),
+            "stages": list(step.stages),
+            "resources": _told(step.resources),
+            "missing": step.missing,
+        }
         for step in planner.plans
     ]
     todo = bool(until) or planner.publishes or any(step.missing for step in planner.plans)
     return {"out": str(planner.out), "steps": steps, "until": until, "todo": todo}
+
+
+def _told(resources: Resources) -> dict[str, Any]:
+    """Resources as plain JSON types; GPUs of which nothing was said are null."""
+    said = "gpus" in resources.model_fields_set
+    return {**resources.model_dump(), "gpus": resources.gpus if said else None}
 
 
 def _prepared(job: Job) -> tuple[Dataset, Any, Config]:

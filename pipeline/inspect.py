@@ -22,6 +22,7 @@ from PIL import Image
 from pipeline.datasets import DatasetInfo, find_dataset
 from pipeline.errors import PipelineError, RunError, UsageError
 from pipeline.orchestration.screen import screen
+from pipeline.orchestration.snapshots import place_of, snapshots
 from pipeline.stage import ShardContext
 from pipeline.stages.decode import each_image, pixels_of
 from pipeline.storage.arrays import ArraySource
@@ -188,7 +189,9 @@ def _output(artifact: Artifact) -> dict[str, Any]:
             steps[folder] = {"folder": folder, "problem": error.message}
     # One that was taken up again is counted with what was made of its quarantine.
     rows = [step for folder, step in steps.items() if folder not in bases]
-    return {**facts, "products": dict(artifact.products), "steps": rows}
+    earlier = [place_of(artifact.store, number).url for number in snapshots(artifact.store)]
+    products = dict(artifact.products)
+    return {**facts, "products": products, "steps": rows, "snapshots": earlier}
 
 
 def _step(artifact: Artifact) -> dict[str, Any]:

@@ -33,6 +33,8 @@ def _output_lines(output: Mapping[str, Any]) -> list[str]:
     header = ["step", "product", "shards", "size", "in", "out", "filtered", "quarantined"]
     rows = [_step_cells(step, roles) for step in output["steps"]]
     lines += ["", "steps", *(grid([header, *rows]))]
+    if earlier := output.get("snapshots"):
+        lines += ["", "earlier snapshots", *(f"  {place}" for place in earlier)]
     for step in output["steps"]:
         if step.get("metrics"):
             metrics = [[name, _number(value)] for name, value in flat(step["metrics"]).items()]

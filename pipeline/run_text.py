@@ -33,7 +33,10 @@ def _where(step: dict[str, Any], options: Namespace) -> str:
     threads = f"{needs['threads']} thread{'s' * (needs['threads'] > 1)}"
     if options.executor == "local":
         return f"{chain}, in this process, {threads}"
-    kind = f"actors with {needs['gpus']:g} GPU" if needs["gpus"] else "tasks"
+    gpus, network = needs["gpus"], step["model"]
+    kind = f"actors, {gpus:g} GPU" if gpus else "tasks"
+    if gpus is None and network:
+        kind = "actors, 1 GPU, or tasks where there is none"
     most = needs["workers"] or options.workers
     return f"{chain}, in one process: Ray {kind}, {threads}" + (
         f", {most} at a time" if most else ""

@@ -41,8 +41,9 @@ class Stage(Protocol):
     """A frozen dataclass that maps one shard's table to another.
 
     Its fields and its class attribute ``version`` make up its identity: whoever changes what a
-    stage writes raises ``version``. Every row that comes in must go out, or be reported to the
-    context as filtered or quarantined.
+    stage writes raises ``version``. A class attribute ``model = True`` says that it runs a network:
+    its shards are then given a GPU where there is one. Every row that comes in must go out, or be
+    reported to the context as filtered or quarantined.
     """
 
     def __call__(self, table: pa.Table, context: ShardContext) -> pa.Table: ...

@@ -31,6 +31,7 @@ class Recover:
     image: ImageConfig
 
     version: ClassVar[int] = 1
+    model: ClassVar[bool] = True
 
     def __call__(self, table: pa.Table, context: ShardContext) -> pa.Table:
         device = default_device()

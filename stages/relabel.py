@@ -37,6 +37,7 @@ class Relabel:
     shard_rows: int
 
     version: ClassVar[int] = 1
+    model: ClassVar[bool] = True
 
     def __call__(self, table: pa.Table, context: ShardContext) -> pa.Table:
         device = default_device()

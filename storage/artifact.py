@@ -28,6 +28,8 @@ from pipeline.storage.store import LocalStore, Store, storage_error
 
 MANIFEST = "manifest.json"
 INDEX = "shards.index"
+SNAPSHOTS = "snapshots"
+"""Folder of an output with earlier manifests, each in a folder of its own."""
 VERSION = 3
 
 
@@ -40,7 +42,7 @@ class Artifact:
 
     @classmethod
     def open(cls, store: Store) -> Artifact:
-        """Read the manifest in ``store``.
+        """Read the manifest in ``store``: of an output, of a step, or of an earlier snapshot.
 
         Raises:
             UsageError: there is none, or it is of another format version.
@@ -69,7 +71,9 @@ class Artifact:
                 code="format-version",
                 where=str(store),
             )
-        return cls(store, manifest)
+        # What an earlier manifest names lies where the present one names it.
+        earlier = store.url.rpartition("/")[0].endswith(f"/{SNAPSHOTS}")
+        return cls(store.parent.parent if earlier else store, manifest)
 
     @classmethod
     def exists(cls, store: Store) -> bool:

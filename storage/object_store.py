@@ -124,8 +124,9 @@ class ObjectStore(Store):
     def below(self, name: str) -> ObjectStore:
         return ObjectStore(self._path(name))
 
-    def beside(self, name: str) -> ObjectStore:
-        return ObjectStore(f"{self.url.rpartition('/')[0]}/{name}")
+    @property
+    def parent(self) -> ObjectStore:
+        return ObjectStore(self.url.rpartition("/")[0])
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -99,9 +99,14 @@ class Store(ABC):
     def below(self, name: str) -> Store:
         """The store of a folder in this one."""
 
+    @property
     @abstractmethod
+    def parent(self) -> Store:
+        """The store of the folder that this one lies in."""
+
     def beside(self, name: str) -> Store:
         """The store of a folder next to this one."""
+        return self.parent.below(name)
 
     @abstractmethod
     @contextmanager
@@ -228,8 +233,9 @@ class LocalStore(Store):
     def below(self, name: str) -> LocalStore:
         return LocalStore(self.root / name, self.unfinished)
 
-    def beside(self, name: str) -> LocalStore:
-        return LocalStore(self.root.parent / name, self.unfinished)
+    @property
+    def parent(self) -> LocalStore:
+        return LocalStore(self.root.parent, self.unfinished)
 
     def writing_in(self, name: str) -> LocalStore:
         return LocalStore(self.root, self.root / name)

@@ -24,7 +24,7 @@ from pipeline.storage.atomic import unseal
 from pipeline.storage.folder import FolderFormat
 from pipeline.storage.formats import Format, Region
 from pipeline.storage.parquet import ParquetFormat
-from pipeline.storage.source import Shard, TableSource
+from pipeline.storage.source import Shard, Source, TableSource
 from pipeline.storage.store import FileInfo, Store
 from pipeline.storage.webdataset import WebDatasetFormat
 
@@ -157,6 +157,10 @@ class FaultyStore(Store):
     def below(self, name: str) -> FaultyStore:
         return FaultyStore(self.inner.below(name), self.faults, f"{self.place}{name}/")
 
+    @property
+    def parent(self) -> FaultyStore:
+        return FaultyStore(self.inner.parent, self.faults)
+
     def beside(self, name: str) -> FaultyStore:
         return FaultyStore(self.inner.beside(name), self.faults, f"{name}/")
 
@@ -269,7 +273,7 @@ def unheld(*_: object) -> Iterator[SimpleNamespace]:
 
 
 @dataclass
-class Noting:
+class Noting(LocalExecutor):
     """An executor in this process that keeps the work it was given."""
 
     work: list[tuple[Work, Unit]] = field(default_factory=list)
@@ -279,15 +283,14 @@ class Noting:
             self.work.append((work, unit))
             yield attempt(work, unit)
 
-    def close(self) -> None:
-        """Nothing is held."""
 
-
-def whole_run(store: Store, fmt: Format, executor: Executor | None = None) -> Run:
-    """Two map steps over three shards, and their publication."""
+def whole_run(
+    store: Store, fmt: Format, executor: Executor | None = None, source: Source = SOURCE
+) -> Run:
+    """Two map steps over a few shards, and their publication."""
     faults = store.faults if isinstance(store, FaultyStore) else Faults()
     with open_run(store, executor or LocalExecutor(), max_bad=1.0) as run:
-        first = run.map("first", SOURCE, [Sort("kkbkf")], to=torn(fmt, faults))
+        first = run.map("first", source, [Sort("kkbkf")], to=torn(fmt, faults))
         second = run.map("second", first, [Sort("kkkb")], to=torn(ParquetFormat(), faults))
         products = {"first": first.artifact, "second": second.artifact}
         if not run.published("dataset", products):

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
+import pickle
+import subprocess
 import sys
 import tarfile
 import threading
 import time
+import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from samples import encoded, pixels
 
 import pipeline
 from pipeline.errors import RunError
-from pipeline.orchestration.executor import Record, Resources
+from pipeline.orchestration.executor import Executor, Record, Resources, Unit, Work
+from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.ray_executor import RayExecutor
+from pipeline.orchestration.run import open_run
+from pipeline.stage import ShardContext
+from pipeline.storage.open_source import open_source
+from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.store import LocalStore
+from pipeline.storage.webdataset import WebDatasetFormat
 from pipeline.testing.trees import tree_digest
 
-SHARDS, ROWS = 30, 4
+SHARDS, ROWS = 16, 4
 
 
 @pytest.fixture
@@ -63,37 +73,99 @@ EXPECTED = {
 }
 
 
-def found_in(out: Path) -> list[tuple[str, int]]:
-    """Keys and labels of a converted data set, as pyarrow and tarfile see them."""
-    product = json.loads((out / "manifest.json").read_bytes())["products"]["dataset"]
-    samples = []
-    for path in sorted((out / product).rglob("*.parquet")):
-        if "quarantine" in path.parts:
+def found_in(out: Path, product: str, extension: str) -> list[tuple[str, int]]:
+    """Keys and labels of a product, as pyarrow and tarfile see them."""
+    folder = json.loads((out / "manifest.json").read_bytes())["products"][product]
+    samples: list[tuple[str, int]] = []
+    for path in sorted((out / folder).glob(f"*.{extension}")):
+        if extension == "parquet":
+            table = pq.read_table(path)
+            samples += zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True)
             continue
-        table = pq.read_table(path)
-        samples += zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True)
-    for path in sorted((out / product).rglob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
-                key, _, extension = member.name.rpartition(".")
+                key, _, kind = member.name.rpartition(".")
                 file = tar.extractfile(member)
-                if extension == "cls" and file:
+                if kind == "cls" and file:
                     samples.append((key, int(file.read())))
     return samples
 
 
-class LoseNode(threading.Thread):
-    """Kills a node of a cluster as soon as ``ready`` says so, and adds another for it."""
+@dataclass(frozen=True)
+class Stuck:
+    """Work whose fourth unit notes where it is and does not come back."""
 
-    def __init__(self, cluster: Any, node: Any, ready: Any) -> None:
-        super().__init__(daemon=True)
-        self.cluster, self.node, self.ready, self.lost = cluster, node, ready, False
+    work: Work
+    note: Path
 
-    def run(self) -> None:
-        while not self.ready():
-            time.sleep(0.02)
-        self.cluster.remove_node(self.node, allow_graceful=False)
-        self.lost = True
+    def __call__(self, unit: Any) -> Record:
+        if unit.index == 3 and not self.note.exists():
+            import ray
+
+            part = self.note.with_suffix(".part")
+            part.write_text(ray.get_runtime_context().get_node_id())
+            part.rename(self.note)
+            time.sleep(3600)
+        return self.work(unit)
+
+
+ZOMBIE = """
+import json, pickle, sys, time
+from pathlib import Path
+from pipeline.orchestration.executor import attempt
+work, unit, out = pickle.loads(Path(sys.argv[1]).read_bytes())
+while not Path(out, "manifest.json").exists():
+    time.sleep(0.1)
+done = json.dumps(attempt(work, unit))
+Path(sys.argv[1] + ".done").write_text(done)
+"""
+
+
+@dataclass(frozen=True)
+class Orphaning:
+    """The first worker dies at a unit; a process that it leaves behind does it when all is over."""
+
+    work: Work
+    note: Path
+    out: Path
+
+    def __call__(self, unit: Any) -> Record:
+        if unit.index == 1 and not self.note.exists():
+            self.note.write_bytes(pickle.dumps((self.work, unit, self.out)))
+            subprocess.Popen([sys.executable, "-c", ZOMBIE, self.note], start_new_session=True)
+            os._exit(1)
+        return self.work(unit)
+
+
+class Disturbed(RayExecutor):
+    """Puts something between Ray and the work of every step."""
+
+    def __init__(self, address: str, notes: Path, between: Callable[[Work, Path], Work]) -> None:
+        super().__init__(address)
+        self.notes, self.between, self.steps = notes, between, 0
+        notes.mkdir()
+
+    def run(self, work: Work, units: Iterable[Unit], resources: Resources) -> Iterator[Record]:
+        self.steps += 1
+        return super().run(
+            self.between(work, self.notes / f"note{self.steps}"), units, resources
+        )
+
+
+def losing(cluster: Any, note: Path) -> threading.Thread:
+    """Kill, with no word of warning, the node on which the unit that ``note`` tells of is stuck."""
+
+    def lose() -> None:
+        while not note.exists():
+            time.sleep(0.05)
+        stuck = note.read_text()
+        (node,) = [node for node in cluster.worker_nodes if node.node_id == stuck]
+        cluster.remove_node(node, allow_graceful=False)
+        cluster.add_node(num_cpus=1, num_gpus=1)
+
+    thread = threading.Thread(target=lose, daemon=True)
+    thread.start()
+    return thread
 
 
 @dataclass(frozen=True)
@@ -103,16 +175,13 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Slow:
-    """Notes every attempt; some take so long that a node is lost under them."""
+class Marking:
+    """Notes every attempt."""
 
     folder: Path
-    seconds: float
 
     def __call__(self, unit: Job) -> Record:
-        before = len(list(self.folder.glob(f"{unit.name}.*")))
-        (self.folder / f"{unit.name}.{before}").touch()
-        time.sleep(self.seconds)
+        (self.folder / f"{unit.name}.{uuid.uuid4().hex}").touch()
         return {"name": unit.name}
 
 
@@ -120,49 +189,75 @@ class Slow:
 def test_units_of_a_lost_node_are_done_elsewhere_and_not_held_against_them(
     cluster: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, gpus: int
 ) -> None:
-    nodes = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
-    loser = LoseNode(cluster, nodes[0], lambda: len(list(tmp_path.iterdir())) >= 4)
-    loser.start()
-    executor = RayExecutor(cluster.address)
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, num_gpus=1)
+    notes, marks = tmp_path / "notes", tmp_path / "marks"
+    marks.mkdir()
+    executor = Disturbed(cluster.address, notes, Stuck)
+    loser = losing(cluster, notes / "note1")
+    units = [Job(index, f"u{index:02d}") for index in range(16)]
     try:
-        work, units = Slow(tmp_path, 0.5), [Job(index, f"u{index:02d}") for index in range(16)]
-        records = list(executor.run(work, units, Resources(gpus=gpus)))
+        records = list(executor.run(Marking(marks), units, Resources(gpus=gpus)))
     finally:
         executor.close()
     loser.join()
-    assert loser.lost
     assert sorted(record["name"] for record in records) == [unit.name for unit in units]
     assert not [record for record in records if "error" in record]
-    attempts = Counter(path.name.partition(".")[0] for path in tmp_path.iterdir())
-    assert max(attempts.values()) == 2
+    attempts = Counter(path.name.partition(".")[0] for path in marks.iterdir())
+    assert set(attempts) == {unit.name for unit in units}
     assert "when a node was lost" in caplog.text
 
 
-@pytest.mark.parametrize("fmt", ["parquet", "webdataset"])
-def test_a_run_that_loses_a_node_ends_whole(
-    cluster: Any, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, fmt: str
+def two_steps(source: Path, out: Path, executor: Executor) -> None:
+    found = open_source(source, "train")
+    assert found
+    with open_run(LocalStore(out), executor) as run:
+        table = run.map("table", found, [Decode()], to=ParquetFormat())
+        tars = run.map("tars", table, [Decode()], to=WebDatasetFormat(3))
+        products = {"table": table.artifact, "tars": tars.artifact}
+        run.publish("dataset", products, {}, b"<html>")
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("whole")
+    two_steps(shards, out, LocalExecutor())
+    return tree_digest(out)
+
+
+def test_a_run_that_loses_two_nodes_ends_whole(
+    cluster: Any, shards: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
-    pipeline.run("convert", str(shards), out=tmp_path / "local", config={"format": fmt})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    out = tmp_path / "ray"
-    committed = lambda: len(list(out.glob(".run/*/ledger/*"))) >= 3  # noqa: E731
-    loser = LoseNode(cluster, nodes[0], committed)
-    loser.start()
-    with caplog.at_level(logging.INFO):
-        pipeline.run(
-            "convert",
-            str(shards),
-            out=out,
-            config={"format": fmt},
-            executor="ray",
-            address=cluster.address,
-        )
-    loser.join()
-    assert loser.lost
-    samples = found_in(out)
-    assert len(samples) == SHARDS * ROWS
-    assert dict(samples) == EXPECTED
-    assert tree_digest(out) == tree_digest(tmp_path / "local")
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    out, notes = tmp_path / "out", tmp_path / "notes"
+    executor = Disturbed(cluster.address, notes, Stuck)
+    losers = [losing(cluster, notes / f"note{step}") for step in (1, 2)]
+    two_steps(shards, out, executor)
+    for loser in losers:
+        loser.join()
+    log = "".join(path.read_text() for path in out.glob(".run/logs/*"))
+    assert log.count("when a node was lost") == 2  # something was done again
+    for product, extension in (("table", "parquet"), ("tars", "tar")):
+        samples = found_in(out, product, extension)
+        assert len(samples) == SHARDS * ROWS
+        assert dict(samples) == EXPECTED
+    assert tree_digest(out) == whole
+
+
+def test_a_late_attempt_that_outlives_the_run_changes_nothing(
+    cluster: Any, shards: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    cluster.add_node(num_cpus=2)
+    out, notes = tmp_path / "out", tmp_path / "notes"
+    two_steps(shards, out, Disturbed(cluster.address, notes, partial(Orphaning, out=out)))
+    deadline = time.monotonic() + 60
+    while len(done := list(notes.glob("*.done"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(0.5)
+    assert ["error" in json.loads(path.read_text()) for path in done] == [False, False]
+    assert tree_digest(out) == whole
 
 
 def test_an_output_that_a_node_does_not_see_is_refused(
@@ -173,7 +268,6 @@ def test_an_output_that_a_node_does_not_see_is_refused(
     try:
         out = LocalStore(tmp_path / "out").writing_in(".run/unfinished")
         executor.check_output(out)
-        assert not list((tmp_path / "out").rglob("*.*"))
         assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
         from pipeline.orchestration import ray_cluster
 

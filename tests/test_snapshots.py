@@ -175,6 +175,22 @@ def test_repair_makes_the_present_anew_and_sets_lost_snapshots_aside(
     capsys.readouterr()
 
 
+def test_a_snapshot_is_opened_by_its_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shard(source, 1)
+    convert(source, LocalStore(out))
+    shard(source, 2)
+    convert(source, LocalStore(out))
+    assert main(["inspect", str(out)]) == 0
+    told = capsys.readouterr().out
+    earlier = out / "snapshots" / "000001"
+    assert str(earlier) in told
+    assert main(["convert", str(earlier), str(tmp_path / "again")]) == 0
+    assert sources_of(Artifact.open(LocalStore(tmp_path / "again"))) == {"s1"}
+
+
 def test_the_same_run_again_is_no_snapshot(tmp_path: Path) -> None:
     source, out = tmp_path / "source", LocalStore(tmp_path / "out")
     shard(source, 1)
