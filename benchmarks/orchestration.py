@@ -3,7 +3,8 @@
 Scale: shards that hold one row each and no work. All but the last hundredth are finished; a fresh
 process then plans the rest, resumes up to the first missing shard, or asks for the status. Up to
 10,000 shards a run has done them; more are written into the ledger as a run leaves them, each with
-a file of its own (a hard link). Memory is the peak of the process over its peak for 1,000 shards.
+a file of its own (a hard link). Memory is the peak of the process over its peak for 1,000 shards;
+bytes a shard are those that it grew by from the size before, for each shard more.
 
 Overhead: 200 Parquet files of JPEGs, decoded and scaled to 256 x 256 pixels, by a run and by a loop
 that reads, decodes and writes to the disk the same. Ray: the same run with one and two workers of
@@ -57,7 +58,7 @@ from pipeline.storage.source import Shard, Source
 from pipeline.storage.store import LocalStore, Store, sync
 
 FINISHED = 0.99
-BY_A_RUN = 10_000  # shards up to which a run does them; it takes milliseconds for each
+BY_A_RUN = 10_000  # shards up to which a run does them; a tenth of it with --quick
 LINKS = 50_000  # of one file; ext4 has 65,000 at most
 MILLION = 1_000_000
 SECONDS = {"plan": 30.0, "resume": 30.0, "status": 10.0}  # at most, for a million shards
@@ -65,7 +66,7 @@ BYTES = {"plan": 300.0, "resume": 300.0, "status": 100.0}  # at most, for each f
 
 SIZE = 256
 SHARDS = 200
-WARM = 8  # shards of the turn that is not counted
+WARM = 8  # shards of the turn that is not counted; on Ray all, so that every worker begins
 
 Turn = Callable[[ParquetSource, Path], None]
 """Goes through all shards of a source once and writes to an empty folder."""
@@ -254,13 +255,13 @@ def scale(options: argparse.Namespace) -> list[Target]:
     for shards in sizes:
         with tempfile.TemporaryDirectory() as work:
             out, done = LocalStore(Path(work) / "out"), int(shards * FINISHED)
+            begin(out, shards, 1)  # what is imported late is imported now
             began = time.perf_counter()
-            if shards <= BY_A_RUN:
-                begin(out, shards, done)
+            if shards <= (BY_A_RUN // 10 if options.quick else BY_A_RUN):
+                begin(out, shards, done - 1)
                 spent = time.perf_counter() - began
                 print(f"{shards:9,} done by a run: {spent / done * 1e3:.2f} ms a shard")
             else:
-                begin(out, shards, 1)
                 fill(out, shards, 0, done)
                 spent = time.perf_counter() - began
                 print(f"{shards:9,} written into the ledger, with their files, in {spent:.0f} s")
@@ -268,28 +269,22 @@ def scale(options: argparse.Namespace) -> list[Target]:
                 found[part].append(measured(part, out.root, shards, 1 if options.quick else 3))
             if shards == sizes[-1]:
                 fill(out, shards, done, shards)
-                # What the process has before it does anything is in the other peaks too.
                 finishing = measured("finish", out.root, shards)
-    least = {part: rows[0][1] for part, rows in found.items()}
     print(f"{'part':8}{'shards':>10}{'seconds':>9}{'growth':>9}{'MB more':>9}{'bytes/shard':>13}")
-    for part, rows in found.items():
-        print(f"{part:8}{sizes[0]:10,}{rows[0][0]:9.2f}")
-        for shards, (before, now) in zip(sizes[1:], pairwise(rows), strict=True):
-            more = now[1] - least[part]
-            growth = (
-                f"{now[0] / before[0]:7.1f} x{more / 1e6:9.1f}{more / (shards - sizes[0]):13.0f}"
-            )
-            print(f"{part:8}{shards:10,}{now[0]:9.2f}{growth}")
-    shards, more = sizes[-1], finishing[1] - least["status"]
-    growth = f"{'':9}{more / 1e6:9.1f}{more / (shards - sizes[0]):13.0f}"
-    print(f"{'finish':8}{shards:10,}{finishing[0]:9.2f}{growth}")
     targets = []
     for part, rows in found.items():
-        limit = SECONDS[part] * shards / MILLION
-        targets.append(Target(f"{part} of {shards:,} shards (s)", limit, rows[-1][0]))
-        memory = (rows[-1][1] - least[part]) / (shards - sizes[0])
-        name = f"memory of {part} up to {shards:,} shards (bytes a shard)"
-        targets.append(Target(name, BYTES[part], memory))
+        print(f"{part:8}{sizes[0]:10,}{rows[0][0]:9.2f}")
+        each = 0.0
+        for (fewer, shards), (before, now) in zip(pairwise(sizes), pairwise(rows), strict=True):
+            more, each = now[1] - rows[0][1], (now[1] - before[1]) / (shards - fewer)
+            growth = f"{now[0] / before[0]:7.1f} x{more / 1e6:9.1f}{each:13.0f}"
+            print(f"{part:8}{shards:10,}{now[0]:9.2f}{growth}")
+        limit = SECONDS[part] * sizes[-1] / MILLION
+        targets.append(Target(f"{part} of {sizes[-1]:,} shards (s)", limit, rows[-1][0]))
+        name = f"memory of {part} from {sizes[-2]:,} to {sizes[-1]:,} shards (bytes a shard)"
+        targets.append(Target(name, BYTES[part], each))
+    more = (finishing[1] - found["resume"][0][1]) / 1e6
+    print(f"{'finish':8}{sizes[-1]:10,}{finishing[0]:9.2f}{'':9}{more:9.1f}")
     return targets
 
 
@@ -351,15 +346,15 @@ class KeptRay(RayExecutor):
 
 
 def alternately(
-    turns: dict[str, Turn], source: ParquetSource, rounds: int
+    turns: dict[str, Turn], source: ParquetSource, rounds: int, warm: int
 ) -> dict[str, list[float]]:
-    """Seconds of each turn, after one over a few shards that is not counted."""
+    """Seconds of each turn, after one over the first shards that is not counted."""
     found: dict[str, list[float]] = {name: [] for name in turns}
     for index in range(rounds + 1):
         # There and back, so that none always comes after the same.
         for name in turns if index % 2 else reversed(turns):
             # Anew, so that nothing is known of it.
-            given = replace(source) if index else replace(source, files=source.files[:WARM])
+            given = replace(source) if index else replace(source, files=source.files[:warm])
             with tempfile.TemporaryDirectory() as out:
                 began = time.perf_counter()
                 turns[name](given, Path(out))
@@ -373,7 +368,7 @@ def alternately(
 def overhead(source: ParquetSource, rounds: int) -> list[Target]:
     print("overhead: one process, seconds for 200 shards, median over turns (least to most)")
     turns: dict[str, Turn] = {"run, local executor": by_run(LocalExecutor()), "bare loop": bare}
-    run, loop = map(statistics.median, alternately(turns, source, rounds).values())
+    run, loop = map(statistics.median, alternately(turns, source, rounds, WARM).values())
     return [Target("a run over a bare loop (x)", 1.05, run / loop)]
 
 
@@ -381,8 +376,8 @@ def on_ray(source: ParquetSource, rounds: int) -> list[Target]:
     print("Ray: seconds for 200 shards, median over turns (least to most)")
     executor = KeptRay()
     try:
-        turns = {f"run, Ray with {n} worker(s)": by_run(executor, n) for n in (2, 1)}
-        two, one = map(statistics.median, alternately(turns, source, rounds).values())
+        turns = {f"run, Ray, workers={n}": by_run(executor, n) for n in (2, 1)}
+        two, one = map(statistics.median, alternately(turns, source, rounds, SHARDS).values())
     finally:
         executor.shut_down()
     return [Target("Ray with 2 workers over 1 (x)", 1.7, one / two, least=True)]

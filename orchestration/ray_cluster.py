@@ -16,7 +16,7 @@ import ray
 import ray.data  # makes its log handlers, which are taken off again below
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import pipeline
+from pipeline import __version__
 from pipeline.errors import RunError
 from pipeline.orchestration.executor import Resources
 from pipeline.storage.store import LocalStore, Store
@@ -151,7 +151,7 @@ def _probe(folder: Path | None, token: str) -> tuple[str, str | None]:
             beside.unlink()
         except OSError as error:
             problem = error.strerror or str(error)
-    return pipeline.__version__, problem
+    return __version__, problem
 
 
 @contextmanager
@@ -185,8 +185,8 @@ def check_nodes(out: Store) -> None:
         name = f"{name} ({node[:8]})"
         if isinstance(answer, Exception):
             unable.append(f"{name}: {str(answer).strip().splitlines()[-1]}")
-        elif answer[0] != pipeline.__version__:
-            unable.append(f"{name}: it has version {answer[0]}, not {pipeline.__version__}")
+        elif answer[0] != __version__:
+            unable.append(f"{name}: it has version {answer[0]}, not {__version__}")
         elif answer[1]:
             blind.append(f"{name}: {answer[1]}")
     if unable:

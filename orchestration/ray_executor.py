@@ -59,15 +59,11 @@ class RayExecutor:
         address: the cluster to join; without it one is started on this machine.
         workers: units that run at once where a step does not say it; as many as there is room for
             where neither does.
-        verbose: leave on what Ray writes to the terminal.
     """
 
-    def __init__(
-        self, address: str | None = None, workers: int | None = None, *, verbose: bool = False
-    ) -> None:
+    def __init__(self, address: str | None = None, workers: int | None = None) -> None:
         self._address = address
         self._workers = workers
-        self._verbose = verbose
         self._cluster: Any = None
 
     def run(self, work: Work, units: Iterable[Unit], resources: Resources) -> Iterator[Record]:
@@ -114,7 +110,8 @@ class RayExecutor:
         if self._cluster is None:
             from pipeline.orchestration import ray_cluster
 
-            ray_cluster.start(self._address, verbose=self._verbose)
+            # What Ray writes to the terminal is for those who want to know everything.
+            ray_cluster.start(self._address, verbose=log.isEnabledFor(logging.DEBUG))
             self._cluster = ray_cluster
         return self._cluster
 

@@ -109,7 +109,7 @@ class Child:
 
     def end(self) -> tuple[int, str]:
         """Its exit code and what it told."""
-        with open(self._pipe, "rb") as pipe:
+        with os.fdopen(self._pipe, "rb") as pipe:
             told = pipe.read().decode()
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         self.seconds = time.monotonic() - self.began
@@ -177,9 +177,13 @@ class Calls:
             return ("after write" if own and path.is_file() else name), None
         if name == "link":
             taken_over = not str(args[0]).startswith(unfinished)
-            return ("before adoption", "after adoption") if taken_over else (
-                "after fsync",
-                "after link",
+            return (
+                ("before adoption", "after adoption")
+                if taken_over
+                else (
+                    "after fsync",
+                    "after link",
+                )
             )
         if name == "replace":
             parts = Path(args[1]).relative_to(self.out).parts

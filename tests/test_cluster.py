@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from samples import encoded, pixels
@@ -30,7 +29,7 @@ from pipeline.orchestration.executor import Executor, Record, Resources, Unit, W
 from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.ray_executor import RayExecutor
 from pipeline.orchestration.run import open_run
-from pipeline.stage import ShardContext
+from pipeline.stages.encode import Encode
 from pipeline.storage.open_source import open_source
 from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.store import LocalStore
@@ -147,19 +146,20 @@ class Disturbed(RayExecutor):
 
     def run(self, work: Work, units: Iterable[Unit], resources: Resources) -> Iterator[Record]:
         self.steps += 1
-        return super().run(
-            self.between(work, self.notes / f"note{self.steps}"), units, resources
-        )
+        return super().run(self.between(work, self.notes / f"note{self.steps}"), units, resources)
 
 
 def losing(cluster: Any, note: Path) -> threading.Thread:
     """Kill, with no word of warning, the node on which the unit that ``note`` tells of is stuck."""
 
     def lose() -> None:
-        while not note.exists():
+        node = None
+        while node is None:  # a node that was just added may be working before it is listed
             time.sleep(0.05)
-        stuck = note.read_text()
-        (node,) = [node for node in cluster.worker_nodes if node.node_id == stuck]
+            stuck = note.read_text() if note.exists() else ""
+            node = next(
+                (node for node in list(cluster.worker_nodes) if node.node_id == stuck), None
+            )
         cluster.remove_node(node, allow_graceful=False)
         cluster.add_node(num_cpus=1, num_gpus=1)
 
@@ -212,8 +212,8 @@ def two_steps(source: Path, out: Path, executor: Executor) -> None:
     found = open_source(source, "train")
     assert found
     with open_run(LocalStore(out), executor) as run:
-        table = run.map("table", found, [Decode()], to=ParquetFormat())
-        tars = run.map("tars", table, [Decode()], to=WebDatasetFormat(3))
+        table = run.map("table", found, [Encode("png")], to=ParquetFormat())
+        tars = run.map("tars", table, [], to=WebDatasetFormat(3))
         products = {"table": table.artifact, "tars": tars.artifact}
         run.publish("dataset", products, {}, b"<html>")
 

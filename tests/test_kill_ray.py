@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -45,7 +44,9 @@ the fourth, the record is not there yet."""
 SOURCE = samples(5, 5, 5, 5, 5, 5, 5)
 TAG = "PIPELINE_TEST_KILL"
 """Environment variable that tells which processes a driver and its Ray have started."""
-PATIENCE = 120.0
+WORKING = "ray::MapBatches"
+"""What a worker of Ray Data calls itself while it works on a shard."""
+PATIENCE = 300.0
 
 
 @dataclass(frozen=True)
@@ -234,17 +235,30 @@ def drive(out: str, address: str) -> None:
     small_run(Path(out), RayExecutor(address or None, workers=2))
 
 
-def driver(out: Path, address: str = "") -> subprocess.Popen[bytes]:
-    """Start a driver in a session of its own, on a cluster or with a Ray of its own."""
+@contextmanager
+def driver(out: Path, address: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """A driver in a session of its own, on a cluster or with a Ray of its own.
+
+    It has finished its first shard when it is given; at the end it is gone.
+    """
     script = "import sys; from test_kill_ray import drive; drive(*sys.argv[1:])"
-    out.mkdir(exist_ok=True)
-    with (out.parent / f"{out.name}.err").open("ab") as errors:
-        return subprocess.Popen(
+    out.mkdir()
+    errors = out.with_suffix(".err")
+    with errors.open("wb") as file:
+        process = subprocess.Popen(
             [sys.executable, "-c", script, str(out), address],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), TAG: out.name},
-            stderr=errors,
+            stderr=file,
             start_new_session=True,
         )
+    try:
+        wait_until(lambda: process.poll() is not None or [*out.glob(".run/*/ledger/shards/*")])
+        assert process.poll() is None, errors.read_text()
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def processes(tag: str) -> dict[int, str]:
@@ -265,40 +279,31 @@ def wait_until(true: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def begun(out: Path, process: subprocess.Popen[bytes]) -> Callable[[], object]:
-    """Whether a first shard is committed; or the driver has ended, which it should not."""
-    return lambda: process.poll() is not None or any(out.glob(".run/*/ledger/shards/*.json"))
-
-
 def kill_driver(out: Path, address: str, after: float) -> bool:
-    """Kill a driver some time after its first shard; whether it was in time."""
-    process = driver(out, address)
-    wait_until(begun(out, process))
-    time.sleep(after)
-    process.kill()
-    return process.wait() == -signal.SIGKILL
+    """Kill a driver some seconds after its first shard; whether it was in time."""
+    with driver(out, address) as process:
+        time.sleep(after)
+        process.kill()
+        return process.wait() == -signal.SIGKILL
 
 
 def kill_group(out: Path, after: float) -> bool:
     """Kill a driver and the daemons of its Ray; whether it was in time."""
-    process = driver(out)
-    wait_until(begun(out, process))
-    time.sleep(after)
-    with suppress(ProcessLookupError):
+    with driver(out) as process:
+        time.sleep(after)
         os.killpg(process.pid, signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
+        return process.wait() == -signal.SIGKILL
 
 
 def kill_worker(out: Path, address: str, after: float) -> bool:
-    """Kill a worker of a driver that goes on to its end; whether there was one at work."""
-    process = driver(out, address)
-    wait_until(begun(out, process))
-    time.sleep(after)
-    working = [pid for pid, title in processes("cluster").items() if title.startswith("ray::Map")]
-    for pid in working[:1]:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    assert process.wait(PATIENCE) == 0, Path(f"{out}.err").read_text()
+    """Kill a worker of a driver, which goes on to its end; whether there was one at work."""
+    with driver(out, address) as process:
+        time.sleep(after)
+        working = [pid for pid, name in processes("cluster").items() if name.startswith(WORKING)]
+        for pid in working[:1]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert process.wait(PATIENCE) == 0, out.with_suffix(".err").read_text()
     return bool(working)
 
 

@@ -107,10 +107,7 @@ def test_a_plan_goes_as_far_as_it_can_be_seen_and_writes_nothing(tmp_path: Path)
 
 def test_what_was_planned_is_what_is_done(tmp_path: Path) -> None:
     options: dict[str, Any] = {"out": tmp_path / "run", "config": {**TINY, "ipc": 2}}
-    before = {
-        step["step"]: step["folder"] for step in plan("distill", "digits", **options)["steps"]
-    }
-    folders = [step["folder"] for step in planned]
+    folders = [step["folder"] for step in plan("distill", "digits", **options)["steps"]]
     pipeline.run("distill", "digits", **options)
     digest = tree_digest(tmp_path / "run")
     assert all((tmp_path / "run" / folder / "manifest.json").exists() for folder in folders)

@@ -147,6 +147,10 @@ def test_rooms_are_linked_and_hold_no_init(room: str) -> None:
     assert not list((ROOT / room).rglob("__init__.py"))
 
 
+OWN_PICKLES = "orchestration/ray_data.py"
+"""Unpickles, on a worker of a cluster, what the driver has sent it: no file holds that."""
+
+
 def test_nothing_that_a_file_holds_is_ever_run() -> None:
     files = [file for _, file in modules()] + sorted((ROOT / "benchmarks").rglob("*.py"))
     found = {
@@ -154,7 +158,7 @@ def test_nothing_that_a_file_holds_is_ever_run() -> None:
         for file in files
         if (calls := unsafe_calls(file.read_text()))
     }
-    assert not found
+    assert found == {OWN_PICKLES: ["pickle.loads"] * 2}
 
 
 @pytest.mark.parametrize(
