@@ -97,7 +97,7 @@ def execute(
 def finished(folders: StepFolders, total: int) -> npt.NDArray[np.bool_]:
     """Which of a step's shards are finished."""
     done = np.zeros(total, np.bool_)
-    for table in folders.ledger.finished():
+    for table in folders.ledger.finished(("index", "files")):
         done[table["index"].to_numpy()] = True
     return done
 

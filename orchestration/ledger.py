@@ -94,41 +94,50 @@ class Ledger:
         for record in records:
             self.store.delete(_loose(record["name"]))
 
-    def tables(self) -> Iterator[pa.Table]:
-        """The records that are whole, each once; a shard whose record is damaged is done again."""
+    def tables(self, columns: Sequence[str] = tuple(ENTRIES.names)) -> Iterator[pa.Table]:
+        """The records that are whole, each once; a shard whose record is damaged is done again.
+
+        Args:
+            columns: those that are wanted, ``index`` among them.
+        """
         seen = np.zeros(0, np.bool_)
-        for table in self._tables():
+        for table in self._tables(list(columns)):
             index = table["index"].to_numpy()
             seen = np.pad(seen, (0, max(0, index.max(initial=-1) + 1 - len(seen))))
             new = _first(index, seen)
             yield table if new.all() else table.filter(pa.array(new))
 
-    def _tables(self) -> Iterator[pa.Table]:
+    def _tables(self, columns: list[str]) -> Iterator[pa.Table]:
         names = [info.name for info in self.store.files()]
         for name in names:
             if name.startswith("parts/"):
                 data = self.store.read(name)
                 if hashlib.sha256(data).hexdigest() == name[6:70]:
-                    yield pq.read_table(io.BytesIO(data), schema=ENTRIES)
+                    # Not by 'read_table', which takes long to import what it would need.
+                    yield pq.ParquetFile(io.BytesIO(data)).read(columns).select(columns)
         loose = [name for name in names if name.startswith("shards/")]
         for start in range(0, len(loose), PART):
             records = []
             for data in self.store.read_many(loose[start : start + PART]):
                 with suppress(ValueError):
                     records.append(unseal(data))
-            yield to_table(records, ENTRIES)
+            yield to_table(records, ENTRIES).select(columns)
 
     def totals(self) -> Totals:
         """What the records come to; their files are not looked for."""
         totals = Totals()
-        for table in self.tables():
+        for table in self.tables(("index", "rows", "bytes", "counts", "at", "seconds")):
             totals.add(table)
         return totals
 
-    def finished(self) -> Iterator[pa.Table]:
-        """The records whose files are there with their sizes."""
+    def finished(self, columns: Sequence[str] = tuple(ENTRIES.names)) -> Iterator[pa.Table]:
+        """The records whose files are there with their sizes.
+
+        Args:
+            columns: those that are wanted, ``index`` and ``files`` among them.
+        """
         sizes: Sizes | None = None
-        for table in self.tables():
+        for table in self.tables(columns):
             if table.num_rows:
                 sizes = sizes or Sizes(self.artifact.sizes())
                 yield table.filter(pa.array(sizes.hold(table["files"].combine_chunks())))

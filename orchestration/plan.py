@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 import pyarrow as pa
 
@@ -36,22 +35,45 @@ class _Unmade(dict[str, Any]):
         return default if key == "base" else self[key]
 
 
+class PlannedShards(Sequence[Shard]):
+    """Shards of which a million take no more room than ten: they are gone through in order."""
+
+    def __init__(self, count: int, units: Callable[[], Iterable[ShardUnit]]) -> None:
+        self._count, self._units = count, units
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Shard]:
+        return (Shard(unit.name, unit.identity) for unit in self._units())
+
+    @overload
+    def __getitem__(self, index: int) -> Shard: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Shard]: ...
+    def __getitem__(self, index: int | slice) -> Shard | Sequence[Shard]:
+        return list(self)[index]
+
+
 class PlannedSource(ArtifactSource):
     """The output of a step that is not done yet: its identity is known, its samples are not.
 
     Args:
         artifact: with what is known of its manifest.
-        units: what the step would do.
+        count: how many shards the step has.
+        units: what it would do.
     """
 
-    def __init__(self, artifact: Artifact, units: Callable[[], Iterable[ShardUnit]]) -> None:
+    def __init__(
+        self, artifact: Artifact, count: int, units: Callable[[], Iterable[ShardUnit]]
+    ) -> None:
         super().__init__(artifact)
-        self._units = units
+        self._count, self._units = count, units
 
-    @cached_property
-    def planned(self) -> list[Shard]:
+    @property
+    def planned(self) -> Sequence[Shard]:
         """The shards that there will be; those that come out empty are left out in the end."""
-        return [Shard(unit.name, unit.identity) for unit in self._units()]
+        return PlannedShards(self._count, self._units)
 
     @property
     def shards(self) -> Sequence[Shard]:
@@ -136,7 +158,7 @@ class Planner(Run):
         known = {"kind": "table", "step": name, "identity": step.identity}
         artifact = Artifact(folders.artifact, _Unmade(**known, classes=list(source.classes)))
         self.steps[artifact.name] = artifact
-        return PlannedSource(artifact, units)
+        return PlannedSource(artifact, len(shards), units)
 
     def _looked_at(
         self,

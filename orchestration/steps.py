@@ -162,7 +162,9 @@ class MapWork:
 
 def _set_aside(given: pa.Table, context: ShardContext) -> pa.Table:
     """The rows, as they were read, of the samples that stages put into quarantine."""
-    keys = given["key"].to_pylist() if context.bad else []
+    if not context.bad:
+        return with_reasons(given.slice(0, 0), [], [])
+    keys = given["key"].to_pylist()
     # Of a key that is there twice the first row is the one that stages saw.
     row_of = {key: row for row, key in reversed(list(enumerate(keys)))}
     for item in context.bad:

@@ -300,7 +300,13 @@ def sync(path: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, durably."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    missing = []
+    for folder in (path, *path.parents):
+        if folder.exists():
+            break
+        missing.append(folder)
+    if not missing:
+        return
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         sync(folder.parent)

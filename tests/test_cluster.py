@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 import pytest
 from samples import encoded, pixels
 
-import pipeline
 from pipeline.errors import RunError
 from pipeline.orchestration.executor import Executor, Record, Resources, Unit, Work
 from pipeline.orchestration.local_executor import LocalExecutor
@@ -149,19 +148,16 @@ class Disturbed(RayExecutor):
         return super().run(self.between(work, self.notes / f"note{self.steps}"), units, resources)
 
 
-def losing(cluster: Any, note: Path) -> threading.Thread:
-    """Kill, with no word of warning, the node on which the unit that ``note`` tells of is stuck."""
+def losing(cluster: Any, *notes: Path) -> threading.Thread:
+    """Kill, with no word of warning, each node on which a unit that a note tells of is stuck."""
 
     def lose() -> None:
-        node = None
-        while node is None:  # a node that was just added may be working before it is listed
-            time.sleep(0.05)
-            stuck = note.read_text() if note.exists() else ""
-            node = next(
-                (node for node in list(cluster.worker_nodes) if node.node_id == stuck), None
-            )
-        cluster.remove_node(node, allow_graceful=False)
-        cluster.add_node(num_cpus=1, num_gpus=1)
+        for note in notes:
+            while not note.exists():
+                time.sleep(0.05)
+            stuck = note.read_text()
+            (node,) = [node for node in cluster.worker_nodes if node.node_id == stuck]
+            cluster.remove_node(node, allow_graceful=False)
 
     thread = threading.Thread(target=lose, daemon=True)
     thread.start()
@@ -185,7 +181,7 @@ class Marking:
         return {"name": unit.name}
 
 
-@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize("gpus", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_units_of_a_lost_node_are_done_elsewhere_and_not_held_against_them(
     cluster: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, gpus: int
 ) -> None:
@@ -228,14 +224,13 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 def test_a_run_that_loses_two_nodes_ends_whole(
     cluster: Any, shards: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
-    for _ in range(2):
+    for _ in range(3):
         cluster.add_node(num_cpus=1)
     out, notes = tmp_path / "out", tmp_path / "notes"
     executor = Disturbed(cluster.address, notes, Stuck)
-    losers = [losing(cluster, notes / f"note{step}") for step in (1, 2)]
+    loser = losing(cluster, notes / "note1", notes / "note2")
     two_steps(shards, out, executor)
-    for loser in losers:
-        loser.join()
+    loser.join()
     log = "".join(path.read_text() for path in out.glob(".run/logs/*"))
     assert log.count("when a node was lost") == 2  # something was done again
     for product, extension in (("table", "parquet"), ("tars", "tar")):
@@ -282,7 +277,7 @@ def test_an_output_that_a_node_does_not_see_is_refused(
         assert error.value.code == "not-shared"
         assert "2 of 2 nodes" in error.value.message
         assert "No such file or directory" in error.value.message
-        monkeypatch.setattr(pipeline, "__version__", "0.0.0")
+        monkeypatch.setattr(ray_cluster, "__version__", "0.0.0")
         with pytest.raises(RunError, match="it has version") as error:
             executor.check_output(out)
         assert error.value.code == "unable-nodes"

@@ -50,7 +50,6 @@ def without_hold_and_patience() -> Iterator[None]:
         yield
 
 
-
 def fresh_memory() -> ObjectStore:
     """An empty object store; the last one is gone, since each listing looks through them all."""
     fsspec.filesystem("memory").store.clear()

@@ -112,7 +112,7 @@ def killed(how: str, root: Path, story: Story, number: int) -> Figures:
     return Figures(**json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize(("fmt", "step"), [("parquet", 12), ("folder", 15)])
+@pytest.mark.parametrize(("fmt", "step"), [("parquet", 12), ("folder", 25)])
 def test_killed_at_any_call_that_changes_the_disk(tmp_path: Path, fmt: str, step: int) -> None:
     figures = killed("calls", tmp_path, Story(fmt), step)
     assert set(figures.points) >= POINTS
@@ -126,7 +126,10 @@ def test_killed_at_any_call_while_a_snapshot_succeeds_another(tmp_path: Path) ->
     assert figures.recovered > figures.runs / 2
 
 
-@pytest.mark.parametrize(("grown", "times"), [(False, 100), (True, 20)])
+@pytest.mark.parametrize(
+    ("grown", "times"),
+    [(False, 25), (True, 10), pytest.param(False, 100, marks=pytest.mark.slow)],
+)
 def test_killed_at_random_times(tmp_path: Path, grown: bool, times: int) -> None:
     figures = killed("times", tmp_path, Story("webdataset", grown=grown), times)
     assert figures.runs == times

@@ -307,7 +307,7 @@ def kill_worker(out: Path, address: str, after: float) -> bool:
     return bool(working)
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_driver_is_succeeded_by_another(
     address: str, whole: dict[str, str], tmp_path: Path, number: int
 ) -> None:

@@ -30,6 +30,7 @@ from pipeline.report import (
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.atomic import FileEntry
 from pipeline.storage.parquet import ParquetFormat
+from pipeline.storage.records import to_table
 from pipeline.storage.regroup import ChosenSource, find_places
 from pipeline.storage.source import TableSource
 from pipeline.storage.store import LocalStore
@@ -158,8 +159,8 @@ def models(path: Path, units: dict[str, tuple[float, list[float]]]) -> Artifact:
         files = [vars(FileEntry.of(LocalStore(path), f"{name}/history.json"))]
         metrics = {"accuracy": accuracy, "images": 1234}
         shards.append({"name": name, "files": files, "metrics": metrics})
-    manifest = {"kind": "models", "identity": path.name, "shards": shards}
-    return Artifact.finish(LocalStore(path), manifest)
+    manifest = {"kind": "models", "identity": path.name}
+    return Artifact.finish(LocalStore(path), manifest, to_table(shards))
 
 
 @dataclass

@@ -39,7 +39,6 @@ def without_hold_and_patience() -> Iterator[None]:
         yield
 
 
-
 @dataclass(frozen=True)
 class Fetch:
     """Sets aside what is in trouble at the moment and filters what ends with 9."""

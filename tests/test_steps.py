@@ -67,7 +67,7 @@ class Sieve:
         return self.fates[int(key[1:]) % len(self.fates)]
 
 
-class Backwards:
+class Backwards(LocalExecutor):
     """An executor that begins at the end."""
 
     def run(self, work: Work, units: Iterable[Unit], resources: Resources) -> Iterator[Record]:
