@@ -5,17 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from pipeline.errors import PipelineError
 from pipeline.orchestration.ledger import PART
 from pipeline.orchestration.steps import ShardUnit, StepFolders
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.atomic import FileEntry
+from pipeline.storage.records import to_records
 from pipeline.storage.store import Store
 
 CONNECTIONS = 16
-Known = dict[str, tuple[Store, dict[str, Any]]]
 
 
 def earlier(out: Store, name: str, work: str) -> list[Artifact]:
@@ -34,13 +38,54 @@ def earlier(out: Store, name: str, work: str) -> list[Artifact]:
     return [artifact for artifact in found if artifact.manifest.get("work") == work]
 
 
-def known_shards(found: Iterable[Artifact]) -> Known:
-    """The shards of earlier artifacts by what their content depends on, and where they lie."""
-    return {
-        record["identity"]: (artifact.store, record)
-        for artifact in found
-        for record in artifact.records()
-    }
+class Known:
+    """The shards of earlier artifacts by what their content depends on: tables, and 16 bytes each.
+
+    Args:
+        found: the artifacts.
+    """
+
+    def __init__(self, found: Iterable[Artifact]) -> None:
+        parts = [(artifact.store, artifact.records_table()) for artifact in found]
+        self._stores = [store for store, table in parts for _ in table.to_batches()]
+        self._batches = [batch for _, table in parts for batch in table.to_batches()]
+        self._ends = np.cumsum([len(batch) for batch in self._batches], dtype=np.int64)
+        names = (name for batch in self._batches for name in batch["identity"].to_pylist())
+        keys = np.fromiter(map(hash, names), np.int64)
+        self._order = np.argsort(keys)
+        self._keys = keys[self._order]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, identity: str) -> bool:
+        return self._row(identity) is not None
+
+    def __getitem__(self, identity: str) -> tuple[Store, dict[str, Any]]:
+        """Where a shard lies, and its record."""
+        row = self._row(identity)
+        if row is None:
+            raise KeyError(identity)
+        batch, first = self._place(row)
+        records = to_records(pa.Table.from_batches([self._batches[batch].slice(row - first, 1)]))
+        return self._stores[batch], next(records)
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """The batch that a row lies in, and the first row of that."""
+        batch = int(np.searchsorted(self._ends, row, "right"))
+        return batch, int(self._ends[batch]) - len(self._batches[batch])
+
+    def _row(self, identity: str) -> int | None:
+        key = hash(identity)
+        place = int(np.searchsorted(self._keys, key))
+        # Two names may have one hash: the names themselves decide.
+        while place < len(self._keys) and self._keys[place] == key:
+            row = int(self._order[place])
+            batch, first = self._place(row)
+            if self._batches[batch]["identity"][row - first].as_py() == identity:
+                return row
+            place += 1
+        return None
 
 
 def adopt(folders: StepFolders, units: Iterable[ShardUnit], known: Known) -> int:
@@ -84,7 +129,6 @@ def _taken(
                     return None
         return {**record, "index": unit.index, "at": time.time(), "seconds": 0.0}
 
-    same = [unit for unit in units if unit.identity in known]
-    for record in pool.map(take, same):
-        if record is not None:
-            yield record
+    same = (unit for unit in units if unit.identity in known)
+    while some := list(islice(same, PART)):
+        yield from (record for record in pool.map(take, some) if record is not None)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, overload
 
 import pyarrow as pa
 
-from pipeline.orchestration.adopt import earlier, known_shards
+from pipeline.orchestration.adopt import Known, earlier
 from pipeline.orchestration.execute import finished
 from pipeline.orchestration.executor import Resources
 from pipeline.orchestration.fit import Fit
@@ -168,7 +168,7 @@ class Planner(Run):
         units: Callable[[], Iterator[ShardUnit]],
     ) -> StepPlan:
         done = finished(folders, plan.shards)
-        known = known_shards(earlier(self.out, step.name, step.work))
+        known = Known(earlier(self.out, step.name, step.work))
         count, adopted, size, sized = int(done.sum()), 0, 0, True
         for unit in units():
             if done[unit.index]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipeline.digest import canonical, digest, seed_for
 from pipeline.errors import RunError
 from pipeline.orchestration import snapshots
-from pipeline.orchestration.adopt import adopt, earlier, known_shards
+from pipeline.orchestration.adopt import Known, adopt, earlier
 from pipeline.orchestration.execute import Do, execute, finished
 from pipeline.orchestration.executor import Executor, Record, Resources, Unit
 from pipeline.orchestration.fit import Fit, FitUnit, FitWork
@@ -304,7 +304,7 @@ class Run:
         return artifact
 
     def _adopt(self, step: MapStep, folders: StepFolders) -> None:
-        known = known_shards(earlier(self.out, step.name, step.work))
+        known = Known(earlier(self.out, step.name, step.work))
         if not known:
             return
         done = finished(folders, len(step.source.shards))
