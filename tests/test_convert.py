@@ -53,7 +53,7 @@ def files_of(folder: str | Path) -> dict[str, bytes]:
     return {
         info.name: open_store(folder).read(info.name)
         for info in open_store(folder).files()
-        if not info.name.startswith(".") and info.name != "manifest.json"
+        if not info.name.startswith(".") and info.name not in {"manifest.json", "shards.index"}
     }
 
 
