@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.inspect import find, type_name
 from pipeline.sample_index import PARTS, Digests, SampleIndex
 from pipeline.stages.decode import pixels_of
-from pipeline.storage.artifact import Artifact, ArtifactSource
+from pipeline.storage.artifact import INDEX, Artifact, ArtifactSource
 from pipeline.storage.images import MAX_PIXELS, TimeLimit
 from pipeline.storage.source import Source
 from pipeline.tensors import is_tensor, to_numpy
@@ -79,7 +79,9 @@ def _listing(artifact: Artifact) -> tuple[Any, ...]:
     """All that an artifact's content depends on: equal listings are equal data."""
     table = artifact.manifest["kind"] == "table"
     parts = ArtifactSource(artifact).artifacts if table else (artifact,)
-    files = [sorted((e.path, e.bytes, e.sha256) for e in part.files.values()) for part in parts]
+    # Not the index, which also says what a shard was made from.
+    entries = [[e for e in part.files.values() if e.path != INDEX] for part in parts]
+    files = [sorted((e.path, e.bytes, e.sha256) for e in part) for part in entries]
     facts = [artifact.manifest.get(name) for name in ("kind", "writer", "classes")]
     return files, facts
 

@@ -210,9 +210,11 @@ print(os.environ.get("PYTHONWARNINGS"))
 
 @pytest.mark.parametrize("verbose", ["", "-v"])
 def test_others_are_silent_unless_asked_for(verbose: str) -> None:
+    # Another test may have called the command line in this process.
+    inherited = {name: text for name, text in os.environ.items() if name != "PYTHONWARNINGS"}
     done = subprocess.run(
         [sys.executable, "-c", SHOW, verbose],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**inherited, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=True,
