@@ -90,6 +90,8 @@ def test_only_new_shards_are_done_and_the_bytes_are_those_of_a_fresh_run(
     for number in (1, 2, 4):
         shard(source, number)
     grown, fresh = place("grown"), place("fresh")
+    if fmt == "folder" and isinstance(grown, ObjectStore):
+        pytest.skip("two thousand small objects: the same as on a disk, and slow")
     convert(source, grown, fmt)
     before = files(grown)
     assert len(SEEN) == 3
