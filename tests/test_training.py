@@ -32,6 +32,7 @@ from pipeline.digest import digest
 from pipeline.errors import RunError
 from pipeline.orchestration import training
 from pipeline.orchestration.fit import Fit
+from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.training import Checkpoint, Trained, train
 from pipeline.storage.models import read_model, read_spec
 from pipeline.storage.source import TableSource
@@ -488,8 +489,8 @@ class IdentityError(Exception):
     """Carries the folder that a step would write."""
 
 
-class Refuse:
-    def run(self, work: Any, units: Any, threads: int) -> Any:
+class Refuse(LocalExecutor):
+    def run(self, work: Any, units: Any, resources: Any) -> Any:
         raise IdentityError(str(work.folders.artifact))
 
 
