@@ -31,7 +31,8 @@ from pipeline.digest import dumps
 from pipeline.errors import PipelineError, RunError, UsageError
 from pipeline.orchestration import lease
 from pipeline.orchestration.lease import Holder
-from pipeline.storage.atomic import exclusive, held
+from pipeline.storage.atomic import exclusive
+from pipeline.storage.locks import is_locked
 from pipeline.storage.store import LocalStore, Store
 from pipeline.terminal import printable
 
@@ -214,7 +215,7 @@ def holder(work: Store) -> Holder | None:
     In an object store a holder counts that gave a sign of life within the last minute, by clocks
     that agree, and whose process is not known to be gone.
     """
-    if isinstance(work, LocalStore) and not held(work):
+    if isinstance(work, LocalStore) and not is_locked(work.root / "lock"):
         return None
     store = work.below(LIVE)
     found = lease.newest(store, lease.names(store))[1]

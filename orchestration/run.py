@@ -146,6 +146,7 @@ class Run:
         work = MapWork(
             folders, step.source.lean(), step.stages, step.to, step.seed, step.resources.threads
         )
+        self._write_plan(step.name, folders, step.identity, len(shards))
         self._adopt(step, folders)
         units = shard_units(shards, step.to, step.work)
 
@@ -153,7 +154,7 @@ class Run:
             model = any(getattr(stage, "model", False) for stage in step.stages)
             return self.executor.run(work, missing, self._with_gpus(step.resources, model))
 
-        records = self._execute(step.name, folders, step.identity, units, len(shards), do)
+        records = self._execute(step.name, folders, units, len(shards), do)
         manifest = {
             "kind": "table",
             "step": step.name,
@@ -236,7 +237,8 @@ class Run:
                 if teams[unit.name] > 1:
                     yield self.executor.train(work, unit, teams[unit.name], resources)
 
-        records = self._execute(name, folders, identity, units, len(fits), do)
+        self._write_plan(name, folders, identity, len(fits))
+        records = self._execute(name, folders, units, len(fits), do)
         spec = canonical({unit: fit.task for unit, fit in fits.items()})
         manifest = {"kind": "models", "step": name, "identity": identity, "spec": spec}
         return Artifact.finish(folders.artifact, manifest, records)
@@ -317,13 +319,11 @@ class Run:
         self,
         name: str,
         folders: StepFolders,
-        identity: str,
         units: Iterable[Unit],
         total: int,
         do: Do,
     ) -> pa.Table:
         """Do the units that the ledger does not hold; the records of all, in order."""
-        self._write_plan(name, folders, identity, total)
         if self.retry is not None:
             folders.ledger.forgive()
 

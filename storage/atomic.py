@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 from pipeline.digest import dumps
 from pipeline.errors import RunError, UsageError
+from pipeline.storage.locks import try_lock
 from pipeline.storage.store import LocalStore, Store
 
 TRIES, PAUSE = 5, 0.1
@@ -112,8 +112,11 @@ def exclusive(store: Store) -> Iterator[None]:
         return
     folder = store.root
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock: Any = (folder / "lock").open("a+")
+        for left in reversed(range(TRIES)):
+            if lock := try_lock(folder / "lock"):
+                break
+            if left:
+                time.sleep(PAUSE)
     except OSError as error:
         raise UsageError(
             f"The output folder cannot be written: {error.strerror or error}.",
@@ -121,35 +124,12 @@ def exclusive(store: Store) -> Iterator[None]:
             code="unwritable-output",
             where=str(folder.parent),
         ) from error
+    if lock is None:
+        raise RunError(
+            "Another run is writing this output folder.",
+            hint="Wait until it ends, or choose another output folder.",
+            code="output-busy",
+            where=str(folder.parent),
+        )
     with lock:
-        for left in reversed(range(TRIES)):
-            if _lock(lock, fcntl.LOCK_EX):
-                break
-            if not left:
-                raise RunError(
-                    "Another run is writing this output folder.",
-                    hint="Wait until it ends, or choose another output folder.",
-                    code="output-busy",
-                    where=str(folder.parent),
-                )
-            time.sleep(PAUSE)
         yield
-
-
-def held(store: LocalStore) -> bool:
-    """Whether a process holds the folder with :func:`exclusive`. Holds up nobody."""
-    try:
-        lock = (store.root / "lock").open("rb")
-    except FileNotFoundError:
-        return False
-    with lock:
-        return not _lock(lock, fcntl.LOCK_SH)
-
-
-def _lock(file: Any, kind: int) -> bool:
-    """Whether the lock was free; it is then held until the file is closed."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

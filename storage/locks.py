@@ -36,10 +36,14 @@ def try_lock(path: Path) -> BinaryIO | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock on ``path``."""
-    if not path.exists():
+    """Whether a process holds the lock on ``path``. Nothing is written: who asks may only read."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
         return False
-    file = try_lock(path)
-    if file:
-        file.close()
-    return file is None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faults import unheld
 from hypothesis import settings
 
 from pipeline.storage.object_store import ObjectStore
@@ -21,6 +22,15 @@ TINY = {
     "seeds": 2,
 }
 """A distillation of the digits that has every step and takes seconds."""
+
+
+@pytest.fixture(scope="module")
+def without_hold_and_patience() -> Iterator[None]:
+    """What is published is right without a hold on the output, and faults are met at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.orchestration.run.hold", unheld)
+        patch.setattr("pipeline.orchestration.executor.PAUSES", ())
+        yield
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from faults import (
     Noting,
     output,
     rows,
-    unheld,
     whole_run,
 )
 from hypothesis import HealthCheck, settings
@@ -42,12 +41,7 @@ SHARDS = 5
 """Of both steps: one of the first step's three comes out empty."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_hold_and_patience() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.orchestration.run.hold", unheld)
-        patch.setattr("pipeline.orchestration.executor.PAUSES", ())
-        yield
+pytestmark = pytest.mark.usefixtures("without_hold_and_patience")
 
 
 def fresh_memory() -> ObjectStore:

@@ -23,7 +23,8 @@ from pipeline.orchestration import lease, live
 from pipeline.orchestration.lease import Holder
 from pipeline.orchestration.live import cancel, hold, holder
 from pipeline.storage import atomic
-from pipeline.storage.atomic import exclusive, held
+from pipeline.storage.atomic import exclusive
+from pipeline.storage.locks import is_locked
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.store import LocalStore, Store, open_store
 
@@ -165,7 +166,9 @@ def test_a_killed_holder_is_followed_at_once(out: Store, monkeypatch: pytest.Mon
     with another(out) as process:
         process.kill()
         # Dead, and not yet waited for by its parent.
-        wait_until(lambda: not held(work(out)) if isinstance(out, LocalStore) else True)
+        wait_until(
+            lambda: not is_locked(work(out).root / "lock") if isinstance(out, LocalStore) else True
+        )
         wait_until(lambda: lease.process_state(process.pid)[0] in {"Z", ""})
         assert holder(work(out)) is None
         with hold(work(out), "run") as taken:
@@ -388,7 +391,7 @@ def test_who_only_looks_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.Mon
     try:
         for _ in range(50):
             with exclusive(LocalStore(tmp_path)):
-                assert held(LocalStore(tmp_path))
+                assert is_locked(tmp_path / "lock")
     finally:
         stop.set()
         for thread in threads:

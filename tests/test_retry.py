@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 import pytest
-from faults import ERRORS, KILLS, Faults, FaultyStore, Killed, output, samples, unheld
+from faults import ERRORS, KILLS, Faults, FaultyStore, Killed, output, samples
 from samples import folder_of, keyed, local_run
 
 from pipeline.errors import RunError
@@ -31,12 +31,7 @@ TROUBLE: dict[str, str] = {}
 ALL = frozenset[str]()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_hold_and_patience() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.orchestration.run.hold", unheld)
-        patch.setattr("pipeline.orchestration.executor.PAUSES", ())
-        yield
+pytestmark = pytest.mark.usefixtures("without_hold_and_patience")
 
 
 @dataclass(frozen=True)
@@ -409,3 +404,17 @@ def test_a_stopped_round_of_other_samples_is_not_taken_for_this_one(tmp_path: Pa
     assert keys(source)[5:] == ["k5"]
     assert counts(source)["quarantined"] == {"net": 2}
     assert counts(once_more(tmp_path, "net"))["quarantined"] == {}
+
+
+def test_nor_where_the_step_was_published_before(tmp_path: Path) -> None:
+    """Then its shards are looked at too, to be taken over."""
+    store = LocalStore(tmp_path).writing_in(".run/unfinished")
+    run = Run(store, LocalExecutor())
+    run.publish("things", {"fetch": fetch(run).artifact}, {})
+    TROUBLE.clear()
+    assert faulty(store, Faults(("step manifest", 0), "kill before"), "net") is None
+    SEEN.clear()
+    source = faulty(store, Faults(), "disk")  # of one shard, where the other round had two
+    assert source
+    assert SEEN == ["k5"]
+    assert counts(source)["quarantined"] == {"net": 2}
