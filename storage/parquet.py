@@ -21,6 +21,7 @@ from pipeline.storage.classes import agreed, numbered
 from pipeline.storage.formats import Region
 from pipeline.storage.source import Shard, Source, shard_names
 from pipeline.storage.store import FileInfo, Store
+from pipeline.tensors import TENSOR, as_bytes, from_bytes
 
 CONNECTIONS = 16
 """Files whose row groups are listed at once: on a network each takes a few round trips."""
@@ -178,7 +179,10 @@ def _opened(store: Store, name: str) -> Iterator[pq.ParquetFile]:
 
 @dataclass(frozen=True)
 class ParquetFormat:
-    """One zstd-compressed Parquet file with page checksums a shard; tensors stay tensors."""
+    """One zstd-compressed Parquet file with page checksums a shard.
+
+    Tensors come back as such; in the file they are bytes, with type and shape in the metadata.
+    """
 
     name: ClassVar[str] = "parquet"
     regular: ClassVar[bool] = False
@@ -192,9 +196,20 @@ class ParquetFormat:
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Write one Parquet file; the same table gives the same bytes."""
-    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+    table = as_bytes(table)
+    # Neither a dictionary nor a least and a greatest value is of use for the bytes of a tensor.
+    small = [field.name for field in table.schema if TENSOR not in (field.metadata or {})]
+    every = len(small) == len(table.schema)
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        use_dictionary=every or small,
+        write_statistics=every or small,
+        write_page_checksum=True,
+    )
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read one Parquet file and check its pages."""
-    return pq.read_table(path, page_checksum_verification=True, partitioning=None)
+    """Read one Parquet file that :func:`write_table` wrote, and check its pages."""
+    return from_bytes(pq.read_table(path, page_checksum_verification=True, partitioning=None))

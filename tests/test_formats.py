@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zarr
 from hypothesis import example, given, settings
@@ -166,6 +167,17 @@ def test_our_tars_are_a_source(tmp_path: Path) -> None:
     tars = WebDatasetSource(store, tuple(f for f in store.files() if f.has("tar")), ("0", "1"))
     expected = pa.concat_tables(source.tables()).select(["key", "image", "label"])
     assert_same_rows(pa.concat_tables(tars.tables()), expected)
+
+
+def test_pyarrow_alone_reads_tensors_from_parquet(tmp_path: Path) -> None:
+    file = next(folder_of(written(tmp_path, ParquetFormat(), 3)).glob("*.parquet"))
+    table = pq.read_table(file)
+    about = json.loads(table.schema.field("image").metadata[b"tensor"])
+    images = np.frombuffer(b"".join(table["image"].to_pylist()), about["type"])
+    assert np.array_equal(images.reshape(3, *about["shape"]), pixels(3, size=4, seed=0))
+    column = pq.ParquetFile(file).metadata.row_group(0).column(table.schema.names.index("image"))
+    assert not column.is_stats_set
+    assert not column.has_dictionary_page
 
 
 def test_the_zarr_library_reads_all_shards_as_one_array(tmp_path: Path) -> None:
