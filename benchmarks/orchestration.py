@@ -43,11 +43,12 @@ from PIL import Image
 from pipeline.orchestration.executor import Executor, Record, Resources, Unit, Work
 from pipeline.orchestration.ledger import PART
 from pipeline.orchestration.local_executor import LocalExecutor
+from pipeline.orchestration.memory import WORK, StepFolders, read_steps
 from pipeline.orchestration.plan import Planner
 from pipeline.orchestration.ray_executor import RayExecutor
-from pipeline.orchestration.run import WORK, Run, open_run, read_steps
+from pipeline.orchestration.run import Run, open_run
 from pipeline.orchestration.status import status
-from pipeline.orchestration.steps import StepFolders, shard_units
+from pipeline.orchestration.steps import shard_units
 from pipeline.stage import ShardContext
 from pipeline.stages.decode import Decode
 from pipeline.storage.artifact import Artifact
@@ -159,7 +160,7 @@ def begin(out: Store, shards: int, units: int) -> None:
 
 def folders_of(out: Store) -> StepFolders:
     (folder,) = read_steps(out.below(WORK))
-    return StepFolders(out.below(folder), out.below(WORK).below(folder))
+    return StepFolders.of(out, folder)
 
 
 def fill(out: LocalStore, shards: int, first: int, last: int) -> None:

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from pipeline.errors import PipelineError
 from pipeline.orchestration.ledger import PART
-from pipeline.orchestration.steps import ShardUnit, StepFolders
+from pipeline.orchestration.memory import StepFolders
+from pipeline.orchestration.steps import ShardUnit
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.atomic import FileEntry
 from pipeline.storage.records import to_records

@@ -13,8 +13,8 @@ import pyarrow as pa
 from pipeline.errors import RunError
 from pipeline.orchestration.executor import KILLS, Record, Unit
 from pipeline.orchestration.ledger import PART
+from pipeline.orchestration.memory import StepFolders
 from pipeline.orchestration.progress import Progress
-from pipeline.orchestration.steps import StepFolders
 
 log = logging.getLogger(__name__)
 TOLD = 20

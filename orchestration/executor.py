@@ -6,6 +6,8 @@ import errno
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 from pydantic import Field
@@ -52,10 +54,14 @@ class Unit(Protocol):
 
 
 Record = dict[str, Any]
-"""What came of a unit, of plain JSON types: ``error`` is in it where it failed."""
+"""What came of a unit, of plain JSON types: ``error`` is in it where it failed, and ``seconds``,
+where they are known, are what it took."""
 
-Work = Callable[[Any], Record]
-"""Does one unit and returns its record. Picklable."""
+Rest = Callable[[], Record]
+"""What is left to do of a unit when its worker could begin the next: it may be called again."""
+
+Work = Callable[[Any], "Record | Rest"]
+"""Does one unit and returns its record, or the rest. Picklable."""
 
 
 class Resources(Config):
@@ -111,20 +117,44 @@ executors: Registry[Callable[..., Executor]] = Registry(
 )
 
 
+def attempts(work: Work, units: Iterable[Unit]) -> Iterator[Record]:
+    """Do units one after the other; an error becomes a record, so that the other units go on.
+
+    The rest of a unit, which waits for a disk or a network, is done while the next one is begun.
+    """
+    with ThreadPoolExecutor(1, "rest") as pool:
+        resting: Future[Record] | None = None
+        for unit in units:
+            begun, before = _tried(partial(work, unit), unit.name), resting
+            resting = pool.submit(_tried, begun, unit.name) if callable(begun) else None
+            if before:
+                yield before.result()
+            if not resting:
+                yield begun
+        if resting:
+            yield resting.result()
+
+
 def attempt(work: Work, unit: Unit) -> Record:
-    """Do one unit; an error becomes a record, so that the other units go on.
+    """Do one unit."""
+    (record,) = attempts(work, [unit])
+    return record
+
+
+def _tried(call: Callable[[], Any], unit: str) -> Any:
+    """What ``call`` gives, or the record of its error.
 
     What a disk or a network failed to do is tried again, with a pause; nothing else is.
     """
     pauses = iter(PAUSES)
     while True:
         try:
-            return work(unit)
+            return call()
         # Any error of a plug-in is reported with its shard.
         except (Exception, SystemExit) as error:  # noqa: BLE001
             pause = next(pauses, None) if is_passing(error) else None
             if pause is None:
-                return failed(error, unit.name)
+                return failed(error, unit)
         # Not all workers at the same time: they may have failed together.
         time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
 

@@ -12,8 +12,9 @@ from pipeline.device import reproducible
 from pipeline.digest import dumps, seed_for
 from pipeline.orchestration.executor import Record
 from pipeline.orchestration.group import ALONE, Group
-from pipeline.orchestration.steps import StepFolders, timed
-from pipeline.orchestration.training import TrainingTask, train
+from pipeline.orchestration.memory import StepFolders
+from pipeline.orchestration.steps import timed
+from pipeline.orchestration.training import Checkpoint, TrainingTask, train
 from pipeline.storage.atomic import publish
 from pipeline.storage.models import write_model
 from pipeline.storage.source import Source
@@ -62,7 +63,7 @@ class FitWork:
         """
         began, name = time.monotonic(), unit.name
         fit = self.fits[name]
-        checkpoint = self.folders.checkpoint(name)
+        checkpoint = Checkpoint(self.folders.work.below("checkpoints"), name)
         with reproducible(self.threads), self.folders.work.scratch() as folder:
             inputs = {
                 role: pa.concat_tables(source.tables()) for role, source in fit.inputs.items()

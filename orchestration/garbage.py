@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.errors import UsageError
-from pipeline.orchestration.run import PLAN, WORK
+from pipeline.orchestration.memory import PLAN, WORK
 from pipeline.orchestration.snapshots import REPORT, open_snapshot, snapshots
 from pipeline.orchestration.verify import verify
 from pipeline.storage.artifact import SNAPSHOTS, Artifact

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.orchestration.executor import Record, Resources, Unit, Work, attempt
+from pipeline.orchestration.executor import Record, Resources, Unit, Work, attempts
 from pipeline.storage.store import Store
 
 
@@ -22,8 +22,7 @@ class LocalExecutor:
             )
 
     def run(self, work: Work, units: Iterable[Unit], resources: Resources) -> Iterator[Record]:
-        for unit in units:
-            yield attempt(work, unit)
+        return attempts(work, units)
 
     def train(self, work: Any, unit: Any, workers: int, resources: Resources) -> Record:
         raise UsageError(

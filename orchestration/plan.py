@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, overload
 
@@ -12,8 +13,9 @@ from pipeline.orchestration.adopt import Known, earlier
 from pipeline.orchestration.execute import finished
 from pipeline.orchestration.executor import Resources
 from pipeline.orchestration.fit import Fit
+from pipeline.orchestration.memory import StepFolders
 from pipeline.orchestration.run import MapStep, Run
-from pipeline.orchestration.steps import ShardUnit, StepFolders, shard_units
+from pipeline.orchestration.steps import ShardUnit, shard_units
 from pipeline.stage import Stage
 from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.formats import Format
@@ -140,7 +142,7 @@ class Planner(Run):
         self, name: str, source: Source, stages: Sequence[Stage], *, to: Format
     ) -> ArtifactSource:
         step = self._map_step(name, source, stages, to)
-        folders = self._folders(step.folder)
+        folders = StepFolders.of(self.out, step.folder)
         names = ["read", *(type(stage).__name__ for stage in stages), f"write {to.name}"]
         model = any(getattr(stage, "model", False) for stage in stages)
         plan = StepPlan(name, step.folder, tuple(names), step.resources, model)
@@ -183,8 +185,12 @@ class Planner(Run):
         size_read = size if sized else None
         return replace(plan, finished=count, adopted=adopted, failed=failed, bytes=size_read)
 
+    def require(self, look: Callable[[], object]) -> None:
+        with suppress(NotYetMadeError):
+            look()
+
     def _begin(self, step: str) -> StepFolders:
-        return self._folders(step)
+        return StepFolders.of(self.out, step)
 
     def fit_each(self, name: str, fits: Mapping[str, Fit]) -> Artifact:
         identity, folders = self._fit_step(name, fits)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.data  # makes its log handlers, which are taken off again below
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import __version__
@@ -54,19 +53,6 @@ def start(address: str | None, *, verbose: bool) -> None:
                 hint="Check --address, or leave it out to start one on this machine.",
                 code="no-cluster",
             ) from error
-    context = ray.data.DataContext.get_current()
-    context.target_max_block_size = None
-    context.max_errored_blocks = -1
-    context.execution_no_progress_timeout_s = -1  # a shard takes as long as it takes
-    if not verbose:
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        logger = logging.getLogger("ray.data")
-        logger.setLevel(logging.ERROR)
-        for handler in list(logger.handlers):
-            # What it has to say lies in its own log files.
-            if isinstance(handler, logging.StreamHandler):
-                logger.removeHandler(handler)
 
 
 def _call(address: str | None) -> None:

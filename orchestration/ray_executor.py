@@ -7,8 +7,10 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RunError
@@ -16,12 +18,18 @@ from pipeline.orchestration.executor import KILLS, Record, Resources, Unit, Work
 from pipeline.storage.store import Store
 
 if TYPE_CHECKING:
-    from pipeline.orchestration.ray_data import How
+    from pipeline.orchestration.ray_tasks import How, Team
 
 log = logging.getLogger(__name__)
 
 WINDOW = 2048
-"""Units that are handed to Ray at a time: it takes 1 ms and 10 KB of this process for each."""
+"""Units that are handed to Ray at a time."""
+
+BLOCK_SECONDS = 0.2
+"""Units that are shorter share a block, up to this: a block costs this process a millisecond."""
+
+SHARE = 4
+"""Blocks of a window for each worker, at least: so that none waits long for the others."""
 
 ATTEMPTS = 3
 """Workers that a unit may kill."""
@@ -40,20 +48,28 @@ class _Attempt:
     Attributes:
         killers: the units whose worker died with no node or connection lost.
         disturbed: whether a node or the connection was lost.
-        cause: what Ray says of it.
+        causes: what Ray says of it.
     """
 
     killers: list[str] = field(default_factory=list)
     disturbed: bool = False
-    cause: str = ""
+    causes: list[str] = field(default_factory=list)
+
+    @property
+    def cause(self) -> str:
+        """The commonest cause, on one line."""
+        lines = Counter(" ".join(cause.split())[:300].rstrip(". ") for cause in self.causes)
+        return lines.most_common(1)[0][0] if lines else "Ray does not say why"
 
 
 class RayExecutor:
     """Runs units on a Ray cluster; only their records travel to this process.
 
-    Ray is started, or joined, when it is first needed. A unit whose worker died is done again, at
-    most three times, the last time with no other unit beside it; the loss of a node is not its
-    fault. What a worker has committed is found by the next attempt, and changed by none.
+    Ray is started, or joined, when it is first needed. Where units prove to be very short, a worker
+    is given a few at once, as a block. A unit whose worker died is done again, as
+    a block of its own, at most three times, the last time with no other beside it; the loss of a
+    node is not its fault. What a worker has committed is found by the next attempt, and changed by
+    none.
 
     Args:
         address: the cluster to join; without it one is started on this machine.
@@ -69,10 +85,20 @@ class RayExecutor:
     def run(self, work: Work, units: Iterable[Unit], resources: Resources) -> Iterator[Record]:
         from ray import cloudpickle
 
-        sent = cloudpickle.dumps(work)
-        rest = iter(units)
-        while window := list(islice(rest, WINDOW)):
-            yield from self._finish(sent, window, resources)
+        self._start()
+        from pipeline.orchestration.ray_tasks import Team
+
+        how, rest = self._how(resources), iter(units)
+        count, size = SHARE * self._at_once(resources, how), 1
+        with closing(Team.of(cloudpickle.dumps(work), how)) as team:
+            while window := list(islice(rest, count)):
+                even = len(window) // (SHARE * self._at_once(resources, how))
+                seconds = []
+                for record in self._finish(team, window, max(1, min(size, even)), resources, how):
+                    seconds.append(record.get("seconds", BLOCK_SECONDS))
+                    yield record
+                size = round(BLOCK_SECONDS / max(median_low(seconds), 1e-3))
+                count = WINDOW
 
     def train(self, work: Any, unit: Any, workers: int, resources: Resources) -> Record:
         self._start()
@@ -115,8 +141,14 @@ class RayExecutor:
             self._cluster = ray_cluster
         return self._cluster
 
-    def _finish(self, work: bytes, units: Sequence[Unit], resources: Resources) -> Iterator[Record]:
-        """The records of some units, however many passes over them it takes."""
+    def _finish(
+        self, team: Team, units: Sequence[Unit], size: int, resources: Resources, how: How
+    ) -> Iterator[Record]:
+        """The records of some units, however many passes over them it takes.
+
+        In the first one ``size`` units are a block; after that each is one, so that it shows which
+        of them kills its worker.
+        """
         missing = {unit.name: unit for unit in units}
         kills: Counter[str] = Counter()
         tries = losses = 0
@@ -130,7 +162,13 @@ class RayExecutor:
             left = len(missing)
             for group in [together] if together else [[unit] for unit in missing.values()]:
                 attempt = _Attempt()
-                yield from self._try(work, group, resources, missing, attempt)
+                passed = team.one_pass(
+                    group,
+                    size if tries == 1 else 1,
+                    self._at_once(resources, how),
+                    attempt.causes,
+                )
+                yield from self._watched(passed, group, missing, attempt)
                 for name in attempt.killers:
                     kills[name] += 1
                     if kills[name] == ATTEMPTS:
@@ -142,38 +180,33 @@ class RayExecutor:
             if losses > LOSSES:
                 raise _no_cluster(attempt.cause)
 
-    def _try(
+    def _watched(
         self,
-        work: bytes,
+        passed: Iterator[Record],
         units: Sequence[Unit],
-        resources: Resources,
         missing: dict[str, Unit],
         attempt: _Attempt,
     ) -> Iterator[Record]:
-        """Try every unit once; what is done is no longer ``missing``."""
-        from pipeline.orchestration.ray_data import one_pass
-
+        """The records of a pass over some units; what is done is no longer ``missing``."""
         cluster = self._start()
         before = set(cluster.nodes())
-        causes: list[str] = []
         try:
-            for record in one_pass(work, units, self._how(resources), causes):
+            for record in passed:
                 if missing.pop(record["name"], None):
                     yield record
         except cluster.ray.exceptions.RayError as error:
             attempt.disturbed = True
-            causes.append(f"{type(error).__name__}: {error}")
+            attempt.causes.append(f"{type(error).__name__}: {error}")
         lost = [unit.name for unit in units if unit.name in missing]
         if lost:
-            attempt.cause = _commonest(causes)
             attempt.disturbed |= not before <= cluster.answering()
             attempt.killers = [] if attempt.disturbed else lost
             whose = " when a node was lost" if attempt.disturbed else ""
             log.warning("%d shards lost their worker%s: %s", len(lost), whose, attempt.cause)
 
     def _how(self, resources: Resources) -> How:
-        """What one unit takes, and how many there may be at a time."""
-        from pipeline.orchestration.ray_data import How
+        """What Ray is to set aside for one unit."""
+        from pipeline.orchestration.ray_tasks import How
 
         workers = resources.workers or self._workers
         cpus: float = resources.threads
@@ -181,19 +214,17 @@ class RayExecutor:
             # Ray would wait for ever for more than there is; threads can share.
             share = (os.cpu_count() or 1) / (workers or 1)
             cpus = min(cpus, int(share) if share >= 1 else share)
-        room = self._start().room(resources, cpus)
+        return How(cpus, resources.gpus, resources.memory, workers)
+
+    def _at_once(self, resources: Resources, how: How) -> int:
+        """How many units there may be at a time, as far as is known."""
+        room = self._start().room(resources, how.cpus)
         if not room:
             error = self._start().no_room(resources)
             if self._address is None:
                 raise error
             log.warning("%s", error)  # a cluster that grows may get such a node
-        return How(cpus, resources.gpus, resources.memory, workers, room)
-
-
-def _commonest(causes: Sequence[str]) -> str:
-    """The commonest cause, on one line."""
-    common = Counter(" ".join(cause.split())[:300].rstrip(". ") for cause in causes).most_common(1)
-    return common[0][0] if common else "Ray does not say why"
+        return int(max(1, min(how.workers or room, room)))
 
 
 def _killer(name: str, cause: str) -> Record:

@@ -1,23 +1,24 @@
-"""Units on Ray Data: one unit is one block and one task."""
+"""Units as tasks and actors of Ray."""
 
 from __future__ import annotations
 
-import gc
-import json
-import logging
 import pickle
-import warnings
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import ray
-import ray.data
 from ray import cloudpickle
+from ray.exceptions import RayError
 
-from pipeline.orchestration.executor import Record, Unit, attempt, failed
+from pipeline.orchestration.executor import Record, Unit, attempts, failed
+
+Block = list[tuple[str, bytes]]
+"""Units that are done one after the other: name and pickle of each."""
+STARTS = 3
+"""Actors that may die before they were given a block."""
 
 
 @dataclass(frozen=True)
@@ -29,116 +30,166 @@ class How:
         gpus: GPUs, or the share of one; 0 for a task, else an actor.
         memory: bytes; 0 leaves it unsaid.
         workers: units at a time; as many as there is room for where not given.
-        room: units for which there is room.
     """
 
     cpus: float
     gpus: float
     memory: int
     workers: int | None
-    room: int
 
-    def options(self, work: bytes, units: int) -> dict[str, Any]:
-        """The arguments of ``map_batches``."""
-        needs = {
-            "num_cpus": self.cpus,
-            "num_gpus": self.gpus or None,
-            "memory": self.memory or None,
-        }
-        if not self.gpus:
-            # Tasks, not actors: Ray keeps a task's process for the next step, with all that it has
-            # imported and loaded, while a pool of actors is started anew for each.
-            tasks = ray.data.TaskPoolStrategy(size=min(self.workers or units, units))
-            return {**needs, "fn": _do, "fn_args": (work,), "compute": tasks, "max_retries": 0}
-        # One unit in flight: what waits for an actor would die with it. A pool of fixed size, since
-        # Ray lets one grow only where units are waiting.
-        size = max(1, min(self.workers or self.room, units))
-        actors = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
-        again = {"max_restarts": -1, "max_task_retries": 0}
-        return {**needs, "fn": _Actor, "fn_constructor_args": (work,), "compute": actors, **again}
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same in Ray's words."""
+        needs: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        needs |= {"memory": self.memory} if self.memory else {}
+        return {**needs, "scheduling_strategy": "SPREAD"}
 
 
-def one_pass(work: bytes, units: Sequence[Unit], how: How, causes: list[str]) -> Iterator[Record]:
-    """Try every unit once; the records of those whose worker lived, as they are done.
+class Team(ABC):
+    """The workers of a step.
 
-    Args:
-        work: pickled.
-        units: the blocks.
-        how: what each needs.
-        causes: is filled with what Ray says of the others.
-
-    Raises:
-        RayError: the pass could not be carried to its end.
+    Attributes:
+        doing: what does a block, by the reference to what will come of it.
+        starting: workers that cannot do one yet, by the reference to their first word.
     """
-    rows = [{"name": unit.name, "unit": cloudpickle.dumps(unit)} for unit in units]
-    with warnings.catch_warnings():
-        # 'max_retries' has no other way in; Ray announces that it will get one.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        blocks = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            **how.options(work, len(rows)), batch_size=1, batch_format="pyarrow"
-        )
-    with _listening(causes):
-        try:
-            for bundle in blocks.iter_internal_ref_bundles():
-                for ref in bundle.block_refs:
-                    try:
-                        table = ray.get(ref)
-                    except ray.exceptions.RayError as error:
-                        # The node died when the record was on its way: its shard is done again.
-                        causes.append(f"{type(error).__name__}: {error}")
-                        continue
-                    for record in table["record"].to_pylist():
-                        yield json.loads(record)
-        finally:
-            # The errors of workers that died hold on to actors, and those to their GPUs.
-            gc.collect()
+
+    def __init__(self) -> None:
+        self.doing: dict[Any, Any] = {}
+        self.starting: dict[Any, Any] = {}
+
+    @classmethod
+    def of(cls, work: bytes, how: How) -> Team:
+        """Those that do ``work``, pickled."""
+        # Tasks, where they will do: Ray keeps a task's process for the next step, with all that it
+        # has imported and loaded, while an actor is started anew. An actor keeps its GPU.
+        return _Actors(work, how) if how.gpus else _Tasks(work, how)
+
+    def one_pass(
+        self, units: Sequence[Unit], size: int, at_once: int, causes: list[str]
+    ) -> Iterator[Record]:
+        """Try every unit once; the records of those whose worker lived, as they are done.
+
+        Args:
+            units: what is to be done.
+            size: units of a block.
+            at_once: blocks for which there is room.
+            causes: is filled with what Ray says of the others.
+
+        Raises:
+            RayError: the pass could not be carried to its end.
+        """
+        blocks: deque[Block] = deque()
+        for first in range(0, len(units), size):
+            block = units[first : first + size]
+            blocks.append([(unit.name, cloudpickle.dumps(unit)) for unit in block])
+        self.gather(min(at_once, len(blocks)))
+        self.begin(blocks)
+        while self.doing or (self.starting and blocks):
+            refs = [*self.doing, *self.starting]
+            ray.wait(refs, num_returns=1)
+            # All that have ended by now: to look at many takes long.
+            for ref in ray.wait(refs, num_returns=len(refs), timeout=0)[0]:
+                try:
+                    found, lost = ray.get(ref), False
+                except RayError as error:
+                    causes.append(f"{type(error).__name__}: {error}")
+                    found, lost = [], True
+                self.ended(ref, lost=lost)
+                self.begin(blocks)
+                yield from found
+
+    @abstractmethod
+    def gather(self, most: int) -> None:
+        """Be so many for the pass that begins."""
+
+    @abstractmethod
+    def begin(self, blocks: deque[Block]) -> None:
+        """Begin as many of the blocks as can be; they are taken away."""
+
+    @abstractmethod
+    def ended(self, ref: Any, *, lost: bool) -> None:
+        """What was ``doing`` or ``starting`` is so no more; whether its process is lost."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave nothing running."""
 
 
-def _do(units: pa.Table, work: bytes) -> pa.Table:
-    records = [json.dumps(_attempt(work, unit)) for unit in units.to_pylist()]
-    return pa.table({"record": records})
+class _Tasks(Team):
+    def __init__(self, work: bytes, how: How) -> None:
+        super().__init__()
+        self._work = ray.put(work)
+        self._task = ray.remote(_do).options(max_retries=0, **how.options)
+        self._most = how.workers
+
+    def gather(self, most: int) -> None:
+        """Ray does, and tells a cluster that grows of those that wait."""
+
+    def begin(self, blocks: deque[Block]) -> None:
+        while blocks and (self._most is None or len(self.doing) < self._most):
+            self.doing[self._task.remote(self._work, blocks.popleft())] = self._task
+
+    def ended(self, ref: Any, *, lost: bool) -> None:
+        del self.doing[ref]
+
+    def close(self) -> None:
+        for ref in self.doing:
+            ray.cancel(ref, force=True)
 
 
-def _attempt(work: bytes, row: dict[str, Any]) -> Record:
-    # Unpickled here and not by Ray, for which a plug-in that is missing is the death of a task.
-    try:
-        unit = pickle.loads(row["unit"])  # noqa: S301 - what the driver sent
-        return attempt(pickle.loads(work), unit)  # noqa: S301
-    except Exception as error:  # noqa: BLE001
-        return failed(error, row["name"])
+class _Actors(Team):
+    def __init__(self, work: bytes, how: How) -> None:
+        super().__init__()
+        self._work = ray.put(work)
+        self._actor = ray.remote(_Actor).options(max_restarts=0, max_task_retries=0, **how.options)
+        self._idle: list[Any] = []
+        self._most = self._starts = 0
+
+    def gather(self, most: int) -> None:
+        self._most, self._starts = most, STARTS
+        while len(self._idle) > most:
+            ray.kill(self._idle.pop())
+
+    def begin(self, blocks: deque[Block]) -> None:
+        while blocks and self._idle:
+            actor = self._idle.pop()
+            self.doing[actor.do.remote(blocks.popleft())] = actor
+        # A block is given to none that may have to wait for a GPU.
+        while len(self.starting) < min(len(blocks), self._most - len(self.doing)) and self._starts:
+            actor = self._actor.remote(self._work)
+            self.starting[actor.here.remote()] = actor
+
+    def ended(self, ref: Any, *, lost: bool) -> None:
+        starts = ref in self.starting
+        actor = self.starting.pop(ref) if starts else self.doing.pop(ref)
+        if not lost:
+            self._idle.append(actor)
+            return
+        ray.kill(actor)
+        self._starts -= starts
+
+    def close(self) -> None:
+        for actor in (*self._idle, *self.doing.values(), *self.starting.values()):
+            ray.kill(actor)
 
 
 class _Actor:
-    """A worker that keeps its GPU for the whole step."""
+    """A worker that keeps its GPU."""
 
     def __init__(self, work: bytes) -> None:
         self._work = work
 
-    def __call__(self, units: pa.Table) -> pa.Table:
-        return _do(units, self._work)
+    def here(self) -> list[Record]:
+        return []
+
+    def do(self, block: Block) -> list[Record]:
+        return _do(self._work, block)
 
 
-class _Listener(logging.Filter):
-    def __init__(self, causes: list[str]) -> None:
-        super().__init__()
-        self._causes = causes
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info and record.exc_info[1]
-        if error:
-            self._causes.append(f"{type(error).__name__}: {error}")
-            # Not to be kept by any handler: an error's frames hold on to the actors of the pass.
-            record.exc_info = None
-        return True
-
-
-@contextmanager
-def _listening(causes: list[str]) -> Iterator[None]:
-    """Hear why workers died: Ray Data, told to go on, says it to its log alone."""
-    logger = logging.getLogger("ray.data._internal.execution.streaming_executor_state")
-    listener = _Listener(causes)
-    logger.addFilter(listener)
+def _do(work: bytes, block: Block) -> list[Record]:
+    # Unpickled here and not by Ray, for which a plug-in that is missing is the death of a task.
     try:
-        yield
-    finally:
-        logger.removeFilter(listener)
+        call, units = pickle.loads(work), [pickle.loads(unit) for _, unit in block]  # noqa: S301
+    except Exception as error:  # noqa: BLE001
+        return [failed(error, name) for name, _ in block]
+    return list(attempts(call, units))

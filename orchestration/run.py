@@ -20,13 +20,14 @@ from pipeline.orchestration.executor import Executor, Record, Resources, Unit
 from pipeline.orchestration.fit import Fit, FitUnit, FitWork
 from pipeline.orchestration.live import hold
 from pipeline.orchestration.logs import run_log
+from pipeline.orchestration.memory import WORK, StepFolders, write_plan, write_steps
 from pipeline.orchestration.progress import Progress
 from pipeline.orchestration.retry import RetrySource, in_quarantine
-from pipeline.orchestration.steps import MapWork, StepFolders, shard_units
+from pipeline.orchestration.steps import MapWork, shard_units
 from pipeline.orchestration.training import TrainingTask
 from pipeline.stage import Stage
 from pipeline.storage.artifact import MANIFEST, Artifact, ArtifactSource, writer_spec
-from pipeline.storage.atomic import FileEntry, seal, unseal
+from pipeline.storage.atomic import FileEntry
 from pipeline.storage.formats import Format
 from pipeline.storage.models import UNIT
 from pipeline.storage.records import add_counts, total_counts
@@ -34,8 +35,6 @@ from pipeline.storage.source import Source
 from pipeline.storage.store import Store, storage_error
 
 log = logging.getLogger(__name__)
-WORK = ".run"
-PLAN, STEPS = "plan.json", "steps.json"
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class Run:
         work = MapWork(
             folders, step.source.lean(), step.stages, step.to, step.seed, step.resources.threads
         )
-        self._write_plan(step.name, folders, step.identity, len(shards))
+        write_plan(folders.work, step.name, step.identity, len(shards))
         self._adopt(step, folders)
         units = shard_units(shards, step.to, step.work)
 
@@ -209,7 +208,7 @@ class Run:
         """Identity and folders of a fit step."""
         seed, threads = seed_for(self.seed, name), self._resources(name).threads
         identity = digest("fit", name, fits, seed, threads)
-        return identity, self._folders(f"{name}-{identity[:12]}")
+        return identity, StepFolders.of(self.out, f"{name}-{identity[:12]}")
 
     def _fit(
         self,
@@ -237,11 +236,15 @@ class Run:
                 if teams[unit.name] > 1:
                     yield self.executor.train(work, unit, teams[unit.name], resources)
 
-        self._write_plan(name, folders, identity, len(fits))
+        write_plan(folders.work, name, identity, len(fits))
         records = self._execute(name, folders, units, len(fits), do)
         spec = canonical({unit: fit.task for unit, fit in fits.items()})
         manifest = {"kind": "models", "step": name, "identity": identity, "spec": spec}
         return Artifact.finish(folders.artifact, manifest, records)
+
+    def require(self, look: Callable[[], object]) -> None:
+        """Look at what a step gave, so that what cannot come to a good end is refused early."""
+        look()
 
     def publish(
         self,
@@ -294,11 +297,8 @@ class Run:
     def _begin(self, step: str) -> StepFolders:
         """The folders of a step that the run has come to."""
         self.begun.append(step)
-        self.out.below(WORK).replace(STEPS, seal({"steps": self.begun}))
-        return self._folders(step)
-
-    def _folders(self, step: str) -> StepFolders:
-        return StepFolders(self.out.below(step), self.out.below(WORK).below(step))
+        write_steps(self.out.below(WORK), self.begun)
+        return StepFolders.of(self.out, step)
 
     def _found(self, name: str, folders: StepFolders) -> Artifact:
         artifact = Artifact.open(folders.artifact)
@@ -334,15 +334,6 @@ class Run:
                 self.check()
 
         return execute(name, folders, units, total, counted, self.progress)
-
-    def _write_plan(self, name: str, folders: StepFolders, identity: str, total: int) -> None:
-        """Say what is to be done; forget what was done where that was something else."""
-        data = seal({"step": name, "identity": identity, "shards": total})
-        before = read_plan(folders.work)
-        if before and before["identity"] != identity:
-            folders.work.below("ledger").remove()
-        if folders.work.info(PLAN) is None or folders.work.read(PLAN) != data:
-            folders.work.replace(PLAN, data)
 
     def _check_bad(self, name: str, counts: Mapping[str, Any]) -> None:
         bad = sum(counts["quarantined"].values())
@@ -399,24 +390,6 @@ def open_run(
             yield Run(out, executor, progress=shown, check=held.check, **options)
     except OSError as error:
         raise storage_error(error, str(out)) from error
-
-
-def read_plan(work: Store) -> dict[str, Any] | None:
-    """What a step set out to do: its name, its identity and its shards."""
-    return _sealed(work, PLAN)
-
-
-def read_steps(work: Store) -> list[str]:
-    """The folders of the steps that the last run came to, in order."""
-    found = _sealed(work, STEPS)
-    return found["steps"] if found else []
-
-
-def _sealed(work: Store, name: str) -> dict[str, Any] | None:
-    try:
-        return unseal(work.read(name))
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _check_inputs(name: str, fits: Mapping[str, Fit]) -> None:

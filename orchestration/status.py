@@ -10,7 +10,7 @@ from pipeline.errors import UsageError
 from pipeline.orchestration.lease import Holder
 from pipeline.orchestration.ledger import Ledger, Totals
 from pipeline.orchestration.live import holder
-from pipeline.orchestration.run import WORK, read_plan, read_steps
+from pipeline.orchestration.memory import WORK, read_plan, read_steps
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.store import Store
 

@@ -5,43 +5,24 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import pyarrow as pa
 
 from pipeline.device import reproducible
 from pipeline.errors import RunError
-from pipeline.orchestration.executor import Record
-from pipeline.orchestration.ledger import Ledger
+from pipeline.orchestration.executor import Record, Rest
+from pipeline.orchestration.memory import StepFolders
 from pipeline.orchestration.screen import screen, tally, with_reasons
-from pipeline.orchestration.training import Checkpoint
 from pipeline.stage import ShardContext, Stage
 from pipeline.storage.artifact import quarantine_file
 from pipeline.storage.atomic import publish
 from pipeline.storage.formats import Format, Region
 from pipeline.storage.parquet import write_table
 from pipeline.storage.source import Shard, Source
-from pipeline.storage.store import Store
-
-
-@dataclass(frozen=True)
-class StepFolders:
-    """Where one step keeps what.
-
-    Attributes:
-        artifact: published files.
-        work: everything else; never part of the output.
-    """
-
-    artifact: Store
-    work: Store
-
-    @property
-    def ledger(self) -> Ledger:
-        return Ledger(self.work.below("ledger"), self.artifact)
-
-    def checkpoint(self, unit: str) -> Checkpoint:
-        return Checkpoint(self.work.below("checkpoints"), unit)
 
 
 @dataclass(frozen=True)
@@ -116,11 +97,18 @@ class MapWork:
     seed: int
     threads: int
 
-    def __call__(self, unit: ShardUnit) -> Record:
+    def __call__(self, unit: ShardUnit) -> Rest:
         began = time.monotonic()
+        with ExitStack() as stack:
+            folder = stack.enter_context(self.folders.work.scratch())
+            record = self._compute(unit, folder)
+            # Published by whoever calls that; dropped without a call, the folder goes too.
+            return partial(self._publish, record, folder, began, stack.pop_all())
+
+    def _compute(self, unit: ShardUnit, folder: Path) -> Record:
         shard, region = unit.shard, unit.region
         context = ShardContext(unit.name, self.seed)
-        with reproducible(self.threads), self.folders.work.scratch() as folder:
+        with reproducible(self.threads):
             given = self.source.read(shard)
             table, bad = screen(given, self.source)
             for stage in self.stages:
@@ -139,24 +127,27 @@ class MapWork:
                 path = folder / quarantine_file(unit.name)
                 path.parent.mkdir(exist_ok=True)
                 write_table(bad, path)
-            record = {
-                "index": unit.index,
-                "name": unit.name,
-                "identity": unit.identity,
-                "rows": table.num_rows,
-                "bytes": table.nbytes,
-                "offset": region.offset,
-                "files": [vars(entry) for entry in publish(folder, self.folders.artifact)],
-                "counts": {
-                    "in": given.num_rows,
-                    "out": table.num_rows,
-                    "filtered": context.filtered,
-                    "quarantined": tally(bad["reason"].to_pylist()),
-                },
-                "metrics": context.metrics,
-            }
-        record |= timed(began)
+        return {
+            "index": unit.index,
+            "name": unit.name,
+            "identity": unit.identity,
+            "rows": table.num_rows,
+            "bytes": table.nbytes,
+            "offset": region.offset,
+            "counts": {
+                "in": given.num_rows,
+                "out": table.num_rows,
+                "filtered": context.filtered,
+                "quarantined": tally(bad["reason"].to_pylist()),
+            },
+            "metrics": context.metrics,
+        }
+
+    def _publish(self, record: Record, folder: Path, began: float, scratch: ExitStack) -> Record:
+        files = publish(folder, self.folders.artifact)
+        record = {**record, "files": [vars(entry) for entry in files], **timed(began)}
         self.folders.ledger.write(record)
+        scratch.close()
         return record
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError, UsageError
 from pipeline.orchestration.ledger import Ledger
-from pipeline.orchestration.run import PLAN, WORK
+from pipeline.orchestration.memory import PLAN, WORK
 from pipeline.orchestration.snapshots import REPORT, open_snapshot, place_of, snapshots
 from pipeline.storage.artifact import MANIFEST, Artifact
 from pipeline.storage.atomic import FileEntry, unseal

@@ -14,9 +14,10 @@ from pipeline.datasets import Dataset, find_dataset
 from pipeline.digest import dumps
 from pipeline.errors import UsageError
 from pipeline.orchestration.executor import Resources, executors
+from pipeline.orchestration.memory import WORK
 from pipeline.orchestration.plan import Planner
 from pipeline.orchestration.progress import Progress
-from pipeline.orchestration.run import WORK, open_run
+from pipeline.orchestration.run import open_run
 from pipeline.recipes import recipes
 from pipeline.storage.store import Store, open_store
 

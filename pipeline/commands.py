@@ -12,13 +12,12 @@ from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
 
-from pipeline.api import recorded, resume
 from pipeline.errors import PipelineError
 from pipeline.orchestration.garbage import find_garbage
 from pipeline.orchestration.live import cancel, hold
 from pipeline.orchestration.logs import as_text, read_logs
+from pipeline.orchestration.memory import WORK
 from pipeline.orchestration.progress import on_terminal
-from pipeline.orchestration.run import WORK
 from pipeline.orchestration.status import status
 from pipeline.orchestration.verify import Findings, set_aside, verify
 from pipeline.run_text import status_text, summary_text
@@ -40,6 +39,8 @@ def run_verify(options: Namespace) -> Done:
 
 def run_repair(options: Namespace) -> Done:
     """``pipeline repair``: take damaged files out, make them anew, look again."""
+    from pipeline.api import recorded, resume  # brings torch, which takes seconds
+
     store = open_store(options.path)
     repaired: dict[str, str] = {}
     recorded(store)  # refuses now what could not be made anew
@@ -63,6 +64,8 @@ def run_repair(options: Namespace) -> Done:
 
 def run_retry(options: Namespace) -> Done:
     """``pipeline retry``: take samples up from quarantine."""
+    from pipeline.api import resume
+
     summary = resume(options.path, retry=options.reason, progress=on_terminal())
     return 0, summary, summary_text(summary)
 

@@ -21,11 +21,12 @@ import pytest
 from faults import FORMATS, Sort, samples
 
 from pipeline.orchestration import ray_executor
-from pipeline.orchestration.executor import Executor, Record, Resources, Unit, Work
+from pipeline.orchestration.executor import Executor, Record, Resources, Rest, Unit, Work
 from pipeline.orchestration.local_executor import LocalExecutor
+from pipeline.orchestration.memory import StepFolders
 from pipeline.orchestration.ray_executor import RayExecutor
 from pipeline.orchestration.run import Run, open_run
-from pipeline.orchestration.steps import MapWork, StepFolders
+from pipeline.orchestration.steps import MapWork
 from pipeline.stage import ShardContext
 from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.store import FileInfo, LocalStore, Store
@@ -44,8 +45,8 @@ the fourth, the record is not there yet."""
 SOURCE = samples(5, 5, 5, 5, 5, 5, 5)
 TAG = "PIPELINE_TEST_KILL"
 """Environment variable that tells which processes a driver and its Ray have started."""
-WORKING = "ray::MapBatches"
-"""What a worker of Ray Data calls itself while it works on a shard."""
+WORKING = "ray::_do"
+"""What a worker of Ray calls itself while it works on a shard."""
 PATIENCE = 300.0
 
 
@@ -129,7 +130,7 @@ class Deadly:
     work: MapWork
     marks: Path
 
-    def __call__(self, unit: Any) -> Record:
+    def __call__(self, unit: Any) -> Rest:
         if unit.index >= len(POINTS):
             return self.work(unit)
         folders, point = self.work.folders, POINTS[unit.index]
@@ -225,8 +226,8 @@ def test_a_worker_killed_at_every_point_is_made_good_within_the_run(
     assert sorted(path.name for path in marks.iterdir()) == sorted(POINTS)
     assert run.executed == 2 * len(SOURCE.shards)
     assert last_log(out).count("5 shards lost their worker") == 1
-    # The last two moments are past the scratch folder's removal.
-    assert len(unfinished(out)) == len(POINTS[:3])
+    # A worker removes its folder last.
+    assert len(unfinished(out)) == len(POINTS)
     check_finished(out, whole)
 
 

@@ -17,11 +17,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import RunError, UsageError
+from pipeline.errors import RunError
 from pipeline.orchestration import executor as units_module
 from pipeline.orchestration import ray_executor
-from pipeline.orchestration.executor import Record, Resources, attempt
-from pipeline.orchestration.local_executor import LocalExecutor
+from pipeline.orchestration.executor import Record, Resources
 from pipeline.orchestration.ray_executor import RayExecutor
 from pipeline.storage.object_store import ObjectStore
 
@@ -42,6 +41,7 @@ class Marking:
 
     folder: Path
     fates: dict[str, Callable[[int], object]]
+    seconds: float = 1.0
 
     def __call__(self, unit: Job) -> Record:
         before = len(list(self.folder.glob(f"{unit.name}.*")))
@@ -49,7 +49,7 @@ class Marking:
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
         if unit.name in self.fates:
             self.fates[unit.name](before)
-        return {"name": unit.name, "pid": os.getpid(), "gpu": gpu}
+        return {"name": unit.name, "pid": os.getpid(), "gpu": gpu, "seconds": self.seconds}
 
 
 def attempts(folder: Path) -> Counter[str]:
@@ -142,6 +142,19 @@ def test_every_unit_gives_one_record_whatever_becomes_of_its_worker(
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_short_units_share_a_block_but_not_the_fate_of_a_killer(
+    ray_on_two: RayExecutor, tmp_path: Path, gpus: int
+) -> None:
+    work = Marking(tmp_path, {"u0010": die}, seconds=0.04)
+    found = by_name(ray_on_two.run(work, jobs(48), Resources(gpus=gpus)))
+    assert sorted(found) == [job.name for job in jobs(48)]
+    assert [name for name, record in found.items() if "error" in record] == ["u0010"]
+    # Eight show how short they are; of the others five are a block, and the third kills it.
+    again = {"u0008": 1, "u0009": 1, "u0010": 2}
+    assert attempts(tmp_path) == Counter(job.name for job in jobs(48)) + Counter(again)
+
+
 def test_actors_hold_a_gpu_and_tasks_none(ray_on_two: RayExecutor, tmp_path: Path) -> None:
     work = Marking(tmp_path, {})
     whole = list(ray_on_two.run(work, jobs(6), Resources(gpus=1)))
@@ -184,7 +197,7 @@ def slow(before: int) -> None:
 def test_records_come_as_they_are_done_and_units_are_taken_as_needed(
     ray_on_two: RayExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_executor, "WINDOW", 4)
+    monkeypatch.setattr(ray_executor, "SHARE", 2)
     taken = []
 
     def lazily() -> Iterator[Job]:
@@ -226,67 +239,6 @@ def test_a_plugin_that_workers_do_not_have_is_an_error_of_its_shards(
     found = by_name(ray_on_two.run(work, jobs(2), Resources()))
     assert [record["error"]["code"] for record in found.values()] == ["stage-failed"] * 2
     assert "absent_plugin" in found["u0000"]["error"]["message"]
-
-
-class ServiceError(Exception):
-    status = 503
-
-
-@pytest.mark.parametrize(
-    ("error", "tries"),
-    [
-        (OSError(errno.EIO, "Input/output error"), 3),
-        (OSError(errno.EBUSY, "Please reduce your request rate."), 3),
-        (TimeoutError("timed out"), 3),
-        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 3),
-        (ServiceError("unavailable"), 3),
-        (OSError(errno.ENOSPC, "No space left on device"), 1),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), 1),
-        (PermissionError(errno.EACCES, "Permission denied"), 1),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory"), 1),
-        (FileExistsError(errno.EEXIST, "File exists"), 1),
-        (OSError(errno.EROFS, "Read-only file system"), 1),
-        (OSError(errno.EINVAL, "Bad digest"), 1),
-        (ValueError("an application error"), 1),
-        (RunError("x", hint="y", code="ragged-shards"), 1),
-    ],
-)
-@pytest.mark.parametrize("told", [False, True])
-def test_only_what_may_pass_is_tried_again(error: Exception, tries: int, told: bool) -> None:
-    calls = []
-
-    def work(unit: Job) -> Record:
-        calls.append(unit)
-        if told:
-            raise RunError("The storage failed.", hint="x", code="storage-error") from error
-        raise error
-
-    record = attempt(work, Job(0, "u"))
-    assert "error" in record
-    assert len(calls) == tries
-
-
-def test_a_store_that_recovers_is_no_error(
-    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-    real = type(s3._fs).cat_file
-
-    def cat(self: Any, *arguments: Any, **options: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) < 3:
-            raise OSError(errno.EBUSY, "Please reduce your request rate.")
-        return real(self, *arguments, **options)
-
-    s3.replace("name", b"data")
-    monkeypatch.setattr(type(s3._fs), "cat_file", cat)
-    record = attempt(lambda unit: {"name": unit.name, "data": s3.read("name")}, Job(0, "u"))
-    assert record["data"] == b"data"
-
-
-def test_the_local_executor_trains_with_one_worker() -> None:
-    with pytest.raises(UsageError, match="runs on Ray"):
-        LocalExecutor().train(None, None, 2, Resources())
 
 
 @pytest.mark.parametrize(("lost", "tries"), [(1, 2), (2, 3), (3, 3)])

@@ -26,7 +26,7 @@ from pipeline.errors import RunError
 from pipeline.orchestration.executor import Record, Resources
 from pipeline.orchestration.fit import Fit, FitUnit, FitWork
 from pipeline.orchestration.group import ALONE, LOST, Group
-from pipeline.orchestration.steps import StepFolders
+from pipeline.orchestration.memory import StepFolders
 from pipeline.storage.store import LocalStore
 
 UNIT = FitUnit(0, "model")

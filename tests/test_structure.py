@@ -147,7 +147,7 @@ def test_rooms_are_linked_and_hold_no_init(room: str) -> None:
     assert not list((ROOT / room).rglob("__init__.py"))
 
 
-OWN_PICKLES = "orchestration/ray_data.py"
+OWN_PICKLES = "orchestration/ray_tasks.py"
 """Unpickles, on a worker of a cluster, what the driver has sent it: no file holds that."""
 
 

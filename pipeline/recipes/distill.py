@@ -70,6 +70,8 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
     index = run.map(
         "index", data.train, [*train_part, Columns(("key", "label"))], to=ParquetFormat()
     )
+    # A class that is too small is refused now, and not when the teacher has been trained.
+    run.require(lambda: rank_at_random(index, config.ipc, run.seed))
     test = run.map("test", data.test or data.train, [*test_part, decode], to=ParquetFormat())
 
     train = None
