@@ -9,7 +9,7 @@ demo: $(INSTALLED)  ## Install, then distil the bundled digits and write a repor
 	$(BIN)/pipeline run distill digits --ipc 10 --out runs/demo
 
 test: $(INSTALLED)  ## Install, then run the tests
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(INSTALLED)  ## The scientific runs of several minutes
 	$(BIN)/pytest -m slow

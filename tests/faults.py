@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,6 +91,16 @@ class Faults:
     def die(self) -> None:
         self.dead = True
         raise Killed
+
+
+def each(calls: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Every operation by its kind and its number among those of its kind.
+
+    Not by its number among all: a shard is published while the next one is computed.
+    """
+    for kind, count in Counter(calls).items():
+        for number in range(count):
+            yield kind, number
 
 
 def untimed(data: bytes) -> bytes | dict[str, Any]:

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from faults import (
     FaultyStore,
     Killed,
     Noting,
+    each,
     output,
     rows,
     whole_run,
@@ -132,24 +132,18 @@ def test_the_run_of_these_tests_has_every_point() -> None:
 @pytest.mark.parametrize("effect", [*KILLS, *ERRORS])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_fault_at_any_operation_is_made_good_by_the_next_start(fmt: str, effect: str) -> None:
-    # By its number among those of its kind: a shard is published while the next one is computed.
-    for kind, count in Counter(operations(fmt)).items():
-        for number in range(count):
-            _fault_is_made_good(fmt, kind, number, effect)
-
-
-def _fault_is_made_good(fmt: str, kind: str, number: int, effect: str) -> None:
-    store, faults = fresh_memory(), Faults((kind, number), effect)
-    ended = kind == "log" and effect in ERRORS
-    assert disturbed(store, fmt, faults) == ended, kind
-    assert faults.fired
-    check(store, fmt)
-    again = Faults()
-    assert disturbed(store, fmt, again)
-    if kind in {"step manifest", "run manifest"} and effect in KILLS:
-        # A killed worker costs its shard; nothing that was committed is done again.
-        assert again.calls.count("ledger") + faults.calls.count("ledger") == SHARDS
-    check_finished(store, fmt)
+    for kind, number in each(operations(fmt)):
+        store, faults = fresh_memory(), Faults((kind, number), effect)
+        ended = kind == "log" and effect in ERRORS
+        assert disturbed(store, fmt, faults) == ended, kind
+        assert faults.fired
+        check(store, fmt)
+        again = Faults()
+        assert disturbed(store, fmt, again)
+        if kind in {"step manifest", "run manifest"} and effect in KILLS:
+            # A killed worker costs its shard; nothing that was committed is done again.
+            assert again.calls.count("ledger") + faults.calls.count("ledger") == SHARDS
+        check_finished(store, fmt)
 
 
 def test_a_run_killed_at_every_operation_in_turn_comes_to_its_end() -> None:

@@ -18,8 +18,9 @@ import pipeline
 from pipeline.api import plan
 from pipeline.cli import main
 from pipeline.errors import RunError, UsageError
+from pipeline.orchestration import execute
 from pipeline.orchestration.executor import KILLS, Record, Resources, Unit, Work, attempt
-from pipeline.orchestration.ledger import PART, Ledger
+from pipeline.orchestration.ledger import Ledger
 from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.run import open_run
 from pipeline.orchestration.status import status
@@ -163,8 +164,12 @@ def test_the_others_are_done_and_the_killer_is_not_tried_again(killed: LocalStor
     assert status(killed).steps[0].state == "finished"
 
 
-def test_a_step_of_many_shards_is_gathered_into_parts(tmp_path: Path) -> None:
-    count = PART + 100
+def test_a_step_of_many_shards_is_gathered_into_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part_of = 256
+    monkeypatch.setattr(execute, "PART", part_of)
+    count = part_of + 100
     with open_run(LocalStore(tmp_path), LocalExecutor()) as run:
         source = run.map("step", Many(count), [], to=ParquetFormat())
     ledger = next(tmp_path.glob(".run/step-*/ledger"))
@@ -172,7 +177,7 @@ def test_a_step_of_many_shards_is_gathered_into_parts(tmp_path: Path) -> None:
     assert len(list(ledger.glob("shards/*"))) == 100
     assert len(source.shards) == count
     assert [shard.name for shard in source.shards[-2:]] == [f"{count - 2:07d}", f"{count - 1:07d}"]
-    assert source.read(source.shards[PART])["key"].to_pylist() == [f"{PART:07d}"]
+    assert source.read(source.shards[part_of])["key"].to_pylist() == [f"{part_of:07d}"]
     (next(tmp_path.glob("step-*")) / "manifest.json").unlink()
     with open_run(LocalStore(tmp_path), LocalExecutor()) as run:
         again = run.map("step", Many(count), [], to=ParquetFormat())
@@ -186,7 +191,7 @@ def test_a_step_of_many_shards_is_gathered_into_parts(tmp_path: Path) -> None:
     (next(tmp_path.glob("step-*")) / "manifest.json").unlink()
     with open_run(LocalStore(tmp_path), LocalExecutor()) as run:
         run.map("step", Many(count), [], to=ParquetFormat())
-    assert run.executed == PART
+    assert run.executed == part_of
 
 
 def test_status_tells_of_a_run_that_works(tmp_path: Path) -> None:
