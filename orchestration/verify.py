@@ -28,7 +28,7 @@ class Findings:
     """What was looked at and what was found.
 
     Attributes:
-        files: listed files whose size was compared.
+        files: files that were looked at: whether they are there, with their size.
         read: files that were read through and compared with their SHA-256.
         bytes: bytes of the files that were read.
         damaged: what is wrong with each damaged file, by path.
@@ -194,25 +194,26 @@ def _place(store: Store, root: str) -> Store:
 
 
 def _check_memory(store: Store, name: str, findings: Findings) -> None:
-    """A ledger's record or a checkpoint: both carry their own digest."""
-    if "/ledger/" in name:
-        findings.read += 1
-        data = store.read(name)
-        if "/ledger/parts/" in name:
-            whole = hashlib.sha256(data).hexdigest() == PurePosixPath(name).stem
-        else:
-            whole = _is_sealed(data)
-        if not whole:
-            findings.damaged[name] = "The record of finished shards is damaged."
-    elif name.endswith(f"/{PLAN}"):
-        findings.read += 1
-        if not _is_sealed(store.read(name)):
-            findings.damaged[name] = "Its bytes do not match its SHA-256."
-    elif "/checkpoints/" in name:
-        findings.read += 1
-        data = store.read(name)
-        if hashlib.sha256(data[32:]).digest() != data[:32]:
-            findings.damaged[name] = "Its bytes do not match its SHA-256."
+    """A ledger's record, a plan or a checkpoint: all carry their own digest."""
+    ledger, checkpoint = "/ledger/" in name, "/checkpoints/" in name
+    if not (ledger or checkpoint or name.endswith(f"/{PLAN}")):
+        return
+    data = store.read(name)
+    findings.files += 1
+    findings.read += 1
+    findings.bytes += len(data)
+    if checkpoint:
+        whole = hashlib.sha256(data[32:]).digest() == data[:32]
+    elif "/ledger/parts/" in name:
+        whole = hashlib.sha256(data).hexdigest() == PurePosixPath(name).stem
+    else:
+        whole = _is_sealed(data)
+    if not whole:
+        findings.damaged[name] = (
+            "The record of finished shards is damaged."
+            if ledger
+            else "Its bytes do not match its SHA-256."
+        )
 
 
 def _is_sealed(data: bytes) -> bool:
