@@ -71,7 +71,7 @@ def find_garbage(
     for info in files:
         folder, _, rest = info.name.partition("/")
         if folder == WORK:
-            what = SET_ASIDE.get(rest.partition("/")[0])
+            what = SET_ASIDE.get(rest.partition("/")[0].partition(".")[0])
             folder = rest.partition("/")[0] if "/" in rest else ""
         else:
             what = "listed in no manifest" if info.name in unlisted and folder in steps else None

@@ -144,10 +144,12 @@ class MapWork:
         }
 
     def _publish(self, record: Record, folder: Path, began: float, scratch: ExitStack) -> Record:
-        files = publish(folder, self.folders.artifact)
-        record = {**record, "files": [vars(entry) for entry in files], **timed(began)}
+        if "files" not in record:  # else only the record could not be written
+            files = publish(folder, self.folders.artifact)
+            scratch.close()  # raises where it was cleared away
+            record["files"] = [vars(entry) for entry in files]
+        record |= timed(began)
         self.folders.ledger.write(record)
-        scratch.close()
         return record
 
 

@@ -111,7 +111,12 @@ class Store(ABC):
     @abstractmethod
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A local folder to write in; it is removed at the end, whatever happens."""
+        """A local folder to write in; it is removed at the end, whatever happens.
+
+        Raises:
+            FileNotFoundError: at the end, where another has cleared it away: what was read from it
+                may be a part of what was written.
+        """
 
     @abstractmethod
     @contextmanager
@@ -242,16 +247,26 @@ class LocalStore(Store):
 
     def clear(self) -> None:
         if self.unfinished:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
+            # Away in one step: a writer that lives on finds all that it wrote, or nothing.
+            with suppress(FileNotFoundError):
+                self.unfinished.rename(self.unfinished.with_suffix(f".{uuid.uuid4().hex}"))
+            for left in self.unfinished.parent.glob(f"{self.unfinished.name}.*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         # Not in the system's folder for such: a hard link cannot cross file systems.
         path = (self.unfinished or self.root) / uuid.uuid4().hex
         path.mkdir(parents=True)
+        handle = os.open(path, os.O_RDONLY)
         try:
             yield path
+            # Held open, so that no other folder can have its number.
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(handle)):
+                gone = "The folder was cleared away while it was written"
+                raise FileNotFoundError(errno.ENOENT, gone, str(path))
         finally:
+            os.close(handle)
             shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager

@@ -198,8 +198,8 @@ class FaultyStore(Store):
         except Killed:
             self.faults.left.append(holder)  # until the test ends nobody cleans up
             raise
-        except BaseException:
-            holder.__exit__(None, None, None)
+        except BaseException as error:
+            holder.__exit__(type(error), error, error.__traceback__)
             raise
         holder.__exit__(None, None, None)
 

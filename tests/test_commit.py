@@ -196,6 +196,25 @@ def test_a_late_worker_whose_folder_was_cleared_away_publishes_nothing(tmp_path:
     check_finished(store, "parquet")
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_nor_does_one_whose_folder_was_cleared_away_before_it_looked(
+    tmp_path: Path, fmt: str
+) -> None:
+    store = LocalStore(tmp_path)
+    executor = Noting()
+    assert not disturbed(store, fmt, Faults(("create", 0), "kill before"), executor)
+    work, unit = executor.work[0]
+    work.folders.artifact.faults.__init__()
+    rest = work(unit)
+    assert callable(rest)
+    store.writing_in(".run/unfinished").clear()
+    with pytest.raises(FileNotFoundError):
+        rest()
+    assert output(store) == {}
+    whole_run(store, FORMATS[fmt])
+    check_finished(store, fmt)
+
+
 def test_a_full_disk_is_one_clear_paragraph(tmp_path: Path) -> None:
     faults = Faults(("create", 0), "no space")
     with pytest.raises(RunError) as error:

@@ -189,6 +189,21 @@ def test_a_created_file_is_synced_before_it_has_its_name(
     assert {tmp_path, tmp_path / "out"} <= set(synced[:at])
 
 
+def test_a_scratch_folder_that_was_cleared_away_is_not_taken_for_whole(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path).writing_in("unfinished")
+    scratch = store.scratch()
+    folder = scratch.__enter__()
+    (folder / "first").touch()
+    store.clear()
+    folder.mkdir(parents=True)  # as a format's library may do
+    (folder / "second").touch()
+    with pytest.raises(FileNotFoundError, match="cleared away"):
+        scratch.__exit__(None, None, None)
+    assert not folder.exists()
+    store.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("at", ["write", "sync", "rename"])
 def test_what_was_there_stays_until_the_new_bytes_are_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
