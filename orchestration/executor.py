@@ -135,12 +135,6 @@ def attempts(work: Work, units: Iterable[Unit]) -> Iterator[Record]:
             yield resting.result()
 
 
-def attempt(work: Work, unit: Unit) -> Record:
-    """Do one unit."""
-    (record,) = attempts(work, [unit])
-    return record
-
-
 def _tried(call: Callable[[], Any], unit: str) -> Any:
     """What ``call`` gives, or the record of its error.
 

@@ -89,12 +89,12 @@ class RayExecutor:
         from pipeline.orchestration.ray_tasks import Team
 
         how, rest = self._how(resources), iter(units)
-        count, size = SHARE * self._at_once(resources, how), 1
+        count, size = SHARE * self._at_once(how), 1
         with closing(Team.of(cloudpickle.dumps(work), how)) as team:
             while window := list(islice(rest, count)):
-                even = len(window) // (SHARE * self._at_once(resources, how))
+                even = len(window) // (SHARE * self._at_once(how))
                 seconds = []
-                for record in self._finish(team, window, max(1, min(size, even)), resources, how):
+                for record in self._finish(team, window, max(1, min(size, even))):
                     seconds.append(record.get("seconds", BLOCK_SECONDS))
                     yield record
                 size = round(BLOCK_SECONDS / max(median_low(seconds), 1e-3))
@@ -141,9 +141,7 @@ class RayExecutor:
             self._cluster = ray_cluster
         return self._cluster
 
-    def _finish(
-        self, team: Team, units: Sequence[Unit], size: int, resources: Resources, how: How
-    ) -> Iterator[Record]:
+    def _finish(self, team: Team, units: Sequence[Unit], size: int) -> Iterator[Record]:
         """The records of some units, however many passes over them it takes.
 
         In the first one ``size`` units are a block; after that each is one, so that it shows which
@@ -162,12 +160,8 @@ class RayExecutor:
             left = len(missing)
             for group in [together] if together else [[unit] for unit in missing.values()]:
                 attempt = _Attempt()
-                passed = team.one_pass(
-                    group,
-                    size if tries == 1 else 1,
-                    self._at_once(resources, how),
-                    attempt.causes,
-                )
+                each = size if tries == 1 else 1
+                passed = team.one_pass(group, each, self._at_once(team.how), attempt.causes)
                 yield from self._watched(passed, group, missing, attempt)
                 for name in attempt.killers:
                     kills[name] += 1
@@ -214,13 +208,13 @@ class RayExecutor:
             # Ray would wait for ever for more than there is; threads can share.
             share = (os.cpu_count() or 1) / (workers or 1)
             cpus = min(cpus, int(share) if share >= 1 else share)
-        return How(cpus, resources.gpus, resources.memory, workers)
+        return How(resources, cpus, workers)
 
-    def _at_once(self, resources: Resources, how: How) -> int:
+    def _at_once(self, how: How) -> int:
         """How many units there may be at a time, as far as is known."""
-        room = self._start().room(resources, how.cpus)
+        room = self._start().room(how.resources, how.cpus)
         if not room:
-            error = self._start().no_room(resources)
+            error = self._start().no_room(how.resources)
             if self._address is None:
                 raise error
             log.warning("%s", error)  # a cluster that grows may get such a node

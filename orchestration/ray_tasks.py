@@ -13,7 +13,7 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import RayError
 
-from pipeline.orchestration.executor import Record, Unit, attempts, failed
+from pipeline.orchestration.executor import Record, Resources, Unit, attempts, failed
 
 Block = list[tuple[str, bytes]]
 """Units that are done one after the other: name and pickle of each."""
@@ -26,22 +26,21 @@ class How:
     """What Ray sets aside for a unit.
 
     Attributes:
+        resources: what its step asks for.
         cpus: CPUs, or the share of one.
-        gpus: GPUs, or the share of one; 0 for a task, else an actor.
-        memory: bytes; 0 leaves it unsaid.
         workers: units at a time; as many as there is room for where not given.
     """
 
+    resources: Resources
     cpus: float
-    gpus: float
-    memory: int
     workers: int | None
 
     @property
     def options(self) -> dict[str, Any]:
         """The same in Ray's words."""
-        needs: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus}
-        needs |= {"memory": self.memory} if self.memory else {}
+        gpus, memory = self.resources.gpus, self.resources.memory
+        needs: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": gpus}
+        needs |= {"memory": memory} if memory else {}
         return {**needs, "scheduling_strategy": "SPREAD"}
 
 
@@ -49,11 +48,13 @@ class Team(ABC):
     """The workers of a step.
 
     Attributes:
+        how: what each of their units is given.
         doing: what does a block, by the reference to what will come of it.
         starting: workers that cannot do one yet, by the reference to their first word.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, how: How) -> None:
+        self.how = how
         self.doing: dict[Any, Any] = {}
         self.starting: dict[Any, Any] = {}
 
@@ -62,7 +63,7 @@ class Team(ABC):
         """Those that do ``work``, pickled."""
         # Tasks, where they will do: Ray keeps a task's process for the next step, with all that it
         # has imported and loaded, while an actor is started anew. An actor keeps its GPU.
-        return _Actors(work, how) if how.gpus else _Tasks(work, how)
+        return _Actors(work, how) if how.resources.gpus else _Tasks(work, how)
 
     def one_pass(
         self, units: Sequence[Unit], size: int, at_once: int, causes: list[str]
@@ -117,16 +118,16 @@ class Team(ABC):
 
 class _Tasks(Team):
     def __init__(self, work: bytes, how: How) -> None:
-        super().__init__()
+        super().__init__(how)
         self._work = ray.put(work)
         self._task = ray.remote(_do).options(max_retries=0, **how.options)
-        self._most = how.workers
 
     def gather(self, most: int) -> None:
         """Ray does, and tells a cluster that grows of those that wait."""
 
     def begin(self, blocks: deque[Block]) -> None:
-        while blocks and (self._most is None or len(self.doing) < self._most):
+        most = self.how.workers
+        while blocks and (most is None or len(self.doing) < most):
             self.doing[self._task.remote(self._work, blocks.popleft())] = self._task
 
     def ended(self, ref: Any, *, lost: bool) -> None:
@@ -139,7 +140,7 @@ class _Tasks(Team):
 
 class _Actors(Team):
     def __init__(self, work: bytes, how: How) -> None:
-        super().__init__()
+        super().__init__(how)
         self._work = ray.put(work)
         self._actor = ray.remote(_Actor).options(max_restarts=0, max_task_retries=0, **how.options)
         self._idle: list[Any] = []

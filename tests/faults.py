@@ -14,9 +14,9 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO, ClassVar
 
 import pyarrow as pa
-from samples import encoded, pixels
+from samples import attempt, encoded, pixels
 
-from pipeline.orchestration.executor import Executor, Record, Resources, Unit, Work, attempt
+from pipeline.orchestration.executor import Executor, Record, Resources, Unit, Work
 from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.run import Run, open_run
 from pipeline.stage import ShardContext

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
+from pipeline.orchestration.executor import Record, Unit, Work, attempts
 from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.run import Run
 from pipeline.storage.artifact import Artifact, ArtifactSource
@@ -63,3 +64,9 @@ def folder_of(made: Artifact | ArtifactSource) -> Path:
     store = (made.artifact if isinstance(made, ArtifactSource) else made).store
     assert isinstance(store, LocalStore)
     return store.root
+
+
+def attempt(work: Work, unit: Unit) -> Record:
+    """Do one unit, to its end."""
+    (record,) = attempts(work, [unit])
+    return record

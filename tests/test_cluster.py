@@ -110,11 +110,11 @@ class Stuck:
 ZOMBIE = """
 import json, pickle, sys, time
 from pathlib import Path
-from pipeline.orchestration.executor import attempt
+from pipeline.orchestration.executor import attempts
 work, unit, out = pickle.loads(Path(sys.argv[1]).read_bytes())
 while not Path(out, "manifest.json").exists():
     time.sleep(0.1)
-done = json.dumps(attempt(work, unit))
+done = json.dumps(list(attempts(work, [unit])))
 Path(sys.argv[1] + ".done").write_text(done)
 """
 

@@ -30,9 +30,10 @@ from faults import (
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from samples import attempt
 
 from pipeline.errors import RunError
-from pipeline.orchestration.executor import Unit, Work, attempt
+from pipeline.orchestration.executor import Unit, Work
 from pipeline.orchestration.retry import in_quarantine
 from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.object_store import ObjectStore

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from samples import attempt
 
 from pipeline.errors import RunError, UsageError
 from pipeline.orchestration import executor as units_module
-from pipeline.orchestration.executor import Record, Resources, attempt, attempts
+from pipeline.orchestration.executor import Record, Resources, attempts
 from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.storage.object_store import ObjectStore
 

@@ -15,12 +15,11 @@ import pytest
 from conftest import TINY
 from faults import FORMATS, Noting, output, whole_run
 from kills import POINTS, SNAPSHOT_POINTS, Figures, Story
-from samples import keyed, local_run
+from samples import attempt, keyed, local_run
 from test_ray_training import Task
 
 import pipeline
 from pipeline.orchestration import lease
-from pipeline.orchestration.executor import attempt
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.store import LocalStore, Store
 from pipeline.testing.trees import tree_digest

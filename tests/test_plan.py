@@ -12,14 +12,14 @@ from typing import Any, overload
 import pyarrow as pa
 import pytest
 from conftest import TINY
-from samples import encoded, pixels
+from samples import attempt, encoded, pixels
 
 import pipeline
 from pipeline.api import plan
 from pipeline.cli import main
 from pipeline.errors import RunError, UsageError
 from pipeline.orchestration import execute
-from pipeline.orchestration.executor import KILLS, Record, Resources, Unit, Work, attempt
+from pipeline.orchestration.executor import KILLS, Record, Resources, Unit, Work
 from pipeline.orchestration.ledger import Ledger
 from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.run import open_run

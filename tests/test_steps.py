@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import folder_of, keyed, local_run
+from samples import attempt, folder_of, keyed, local_run
 
 from pipeline.errors import RunError
-from pipeline.orchestration.executor import Record, Resources, Unit, Work, attempt
+from pipeline.orchestration.executor import Record, Resources, Unit, Work
 from pipeline.orchestration.ledger import Ledger
 from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.run import Run, open_run
