@@ -1,0 +1,200 @@
+"""Leading directions: few coordinates of a row that bound its distance to a centroid from below.
+
+With V a contraction and t(z)^2 = |z|^2 - |V'z|^2, the points (V'z, t(z)) are never further apart
+than the z themselves: |x - c|^2 >= |V'(x - c)|^2 + (t(x) - t(c))^2. Features of images have most of
+their variance in few directions; there a sixteenth of the columns leaves one to five of a thousand
+centroids that could be nearest. Nothing is approximated: the others cannot be.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.clustering import kernels
+from pipeline.clustering.threads import Threads
+from pipeline.clustering.tile import LANES, PANELS
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+_EPS = 2.0**-24
+SMALL = 2**27
+"""Multiply-adds of an iteration below which directions are not worth finding."""
+
+_SAMPLE = 4096
+_QUERIES = 512
+_DEPTHS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+_BLOCK = 8192
+
+
+@dataclass(frozen=True)
+class Directions:
+    """An affine map to leading coordinates and the length of what they leave out.
+
+    Attributes:
+        mean: float32 (D,).
+        basis: float32 (D, depth), a contraction.
+    """
+
+    mean: Floats
+    basis: Floats
+
+    @cached_property
+    def exact(self) -> Doubles:
+        """The basis in float64."""
+        return self.basis.astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Leading:
+    """Leading coordinates of rows.
+
+    Attributes:
+        head: float32 (N, depth + 1); the rows themselves where there are no directions.
+        square: float32 (N,), their squared norms.
+        error: float32 (N,), how far they may be from the true ones.
+    """
+
+    head: Floats
+    square: Floats
+    error: Floats
+
+    def part(self, rows: Any) -> Leading:
+        """Those of some rows."""
+        return Leading(self.head[rows], self.square[rows], self.error[rows])
+
+    @classmethod
+    def of(cls, x: Floats, directions: Directions | None) -> Leading:
+        """Of float32 rows (N, D)."""
+        if directions is None:
+            return cls(x, np.einsum("ij,ij->i", x, x), np.zeros(len(x), np.float32))
+        depth = directions.basis.shape[1]
+        head = np.empty((len(x), depth + 1), np.float32)
+        square, error = np.empty((2, len(x)), np.float32)
+        for start in range(0, len(x), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            centred = x[block] - directions.mean
+            inside = centred @ directions.basis
+            total = np.einsum("ij,ij->i", centred, centred).astype(np.float64)
+            tail = total - np.einsum("ij,ij->i", inside, inside)
+            # A sum of D products in float32 is off by a multiple of sqrt(D) of its unit, unless one
+            # in very many; of a short tail that is much.
+            part = 4.0 * math.sqrt(x.shape[1]) * _EPS
+            blur = 2.0 * part * total
+            root = np.sqrt(np.maximum(tail, 0.0))
+            over, under = np.sqrt(np.maximum(tail, 0.0) + blur), np.sqrt(np.maximum(tail - blur, 0))
+            head[block, :depth] = inside
+            head[block, depth] = root
+            square[block] = np.einsum("ij,ij->i", inside, inside) + root * root
+            error[block] = part * np.sqrt(total) + np.maximum(over - root, root - under)
+        return cls(head, square, error)
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Centroids as the innermost loop reads them.
+
+    Attributes:
+        rows: float32 (K, D), the centroids.
+        panels: float32 (P, depth, LANES), leading coordinates with their sign changed.
+        half: float32 (P, LANES), half of their squared norms; infinite beyond K.
+        reach: the largest norm.
+        blur: how far the coordinates may be from the true ones.
+    """
+
+    rows: Floats
+    panels: Floats
+    half: Floats
+    reach: float
+    blur: float
+
+    @classmethod
+    def of(cls, rows: Floats, directions: Directions | None, threads: Threads) -> Panels:
+        """Of float32 centroids (K, D)."""
+        count = len(rows)
+        centred = rows.astype(np.float64)
+        inside = np.empty((count, 0))
+        if directions:
+            centred -= directions.mean
+            inside = centred @ directions.exact
+        depth = inside.shape[1] + 1 if directions else rows.shape[1]
+        number = -(-count // (LANES * PANELS)) * PANELS
+        panels = np.zeros((number, depth, LANES), np.float32)
+        half = np.full((number, LANES), np.inf, np.float32)
+        threads.split(
+            lambda lo, hi: kernels.lay_out(centred, inside, lo, hi, panels, half), count, 256
+        )
+        reach = math.sqrt(2.0 * float(half.ravel()[:count].max())) * (1.0 + 4.0 * _EPS)
+        # Coordinates are rounded once, and a short tail is what float64 leaves of a difference.
+        return cls(rows, panels, half, reach, 2.0 * _EPS * reach if directions else 0.0)
+
+
+def find_directions(x: Floats, clusters: int) -> Directions | None:
+    """The directions that make the search for the nearest of so many centroids cheapest.
+
+    They come from a sample of rows, and so does their number: rows stand for centroids, and it is
+    counted how many could be the nearest. What is chosen changes the time alone.
+
+    Args:
+        x: float32 (N, D).
+        clusters: how many centroids there will be.
+
+    Returns:
+        None where the rows themselves do as well.
+    """
+    count, columns = x.shape
+    if columns < 2 * _DEPTHS[0] or count * clusters * columns < SMALL:
+        return None
+    rng = np.random.default_rng(0)
+    sample = x[np.sort(rng.choice(count, min(count, _SAMPLE + _QUERIES), replace=False))]
+    sample = rng.permutation(sample)
+    mean = sample.mean(0, dtype=np.float64).astype(np.float32)
+    sample = sample - mean
+    basis = _leading(sample, min(_DEPTHS[-1], columns // 2), rng)
+    queries, others = sample[:_QUERIES], sample[_QUERIES:][:clusters]
+    if not len(others):
+        return None
+    depth = _cheapest(queries, others, basis, clusters)
+    return Directions(mean, np.ascontiguousarray(basis[:, :depth])) if depth else None
+
+
+def _leading(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
+    """Orthonormal directions of most variance, in order; shrunk by a hair, so that none expands."""
+    found = rng.standard_normal((rows.shape[1], min(count + 8, rows.shape[1])), np.float32)
+    for _ in range(2):
+        found = np.linalg.qr(rows.T @ (rows @ found))[0]
+    inside = rows @ found
+    turn = np.linalg.eigh(inside.T @ inside)[1][:, ::-1]
+    basis = (found @ turn[:, :count]).astype(np.float64)
+    expands = np.linalg.norm(basis.T @ basis - np.eye(basis.shape[1]))
+    shrunk: Floats = (basis * (1.0 - 2.0**-22) / (1.0 + expands)).astype(np.float32)
+    return shrunk
+
+
+def _cheapest(queries: Floats, others: Floats, basis: Floats, clusters: int) -> int:
+    """The number of directions that takes least time; 0 for all columns."""
+    columns = queries.shape[1]
+    square, other_square = (np.einsum("ij,ij->i", z, z) for z in (queries, others))
+    apart = square[:, None] - 2.0 * queries @ others.T + other_square
+    nearest = apart.min(1, keepdims=True) * (1.0 + 1e-5)
+    inside, other_inside = queries @ basis, others @ basis
+    # In multiply-adds of a lane: a tile's own work, and a candidate's, whose memory is far away.
+    exact = columns / 4 + 512
+    best, least = 0, clusters * (columns + 3) + exact
+    for depth in (d for d in _DEPTHS if d <= basis.shape[1]):
+        a, b = inside[:, :depth], other_inside[:, :depth]
+        within, other_within = np.einsum("ij,ij->i", a, a), np.einsum("ij,ij->i", b, b)
+        tail = np.sqrt(np.maximum(square - within, 0.0))
+        other_tail = np.sqrt(np.maximum(other_square - other_within, 0.0))
+        bound = within[:, None] - 2.0 * a @ b.T + other_within + (tail[:, None] - other_tail) ** 2
+        candidates = float((bound <= nearest).sum(1).mean()) * clusters / len(others)
+        cost = clusters * (depth + 4) + candidates * exact * LANES / 4
+        if cost < least:
+            best, least = depth, cost
+    return best

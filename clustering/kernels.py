@@ -1,0 +1,517 @@
+"""Loops over rows, compiled: nearest centroids, trials of seeds, sums. None of them holds the GIL.
+
+Whatever is decided is decided by :func:`pipeline.clustering.tile.distance`, in float32 and in one
+order of summing. Scores in the leading directions only tell which centroids need not be asked: they
+are lower bounds, with all that rounding can do to them added. So a label depends on its row and the
+centroids alone: not on the tile the row lies in, the thread, or the label it had before.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from pipeline.clustering.compiled import compiled
+from pipeline.clustering.tile import LANES, PANELS, ROWS, best, distance, lowest_bit, mark, prefetch
+
+_EPS = 2.0**-24
+"""Half a unit in the last place of float32, relative."""
+
+
+@compiled
+def _radius(near: float, columns: int) -> float:
+    """What a distance may be whose square, a sum of so many terms, came out as ``near``.
+
+    Twice what rounding can do: once for it, and once for one that it is compared with.
+    """
+    return math.sqrt(near * (1.0 + 2.0 * (columns / LANES + 24.0) * _EPS))
+
+
+@compiled
+def _bound(radius: float, square: float, depth: int, reach: float) -> float:
+    """The largest score that a centroid within ``radius`` may have.
+
+    Args:
+        radius: distance, with what coordinates may be off.
+        square: squared norm of the row's leading coordinates.
+        depth: terms of a score.
+        reach: largest norm of a centroid's leading coordinates.
+    """
+    rounding = (depth + 4.0) * _EPS * (math.sqrt(square) * reach + 0.5 * reach * reach)
+    bound = 0.5 * (radius * radius - square) + rounding
+    # What is stored is rounded once more.
+    return bound + (abs(bound) + square) * 2.0 * _EPS
+
+
+@compiled
+def nearest_head(head: Any, lo: int, hi: int, panels: Any, half: Any, labels: Any) -> None:
+    """Label rows lo to hi by their leading coordinates alone: near the nearest, if not that.
+
+    Args:
+        head: float32 (N, depth).
+        lo: first row to do.
+        hi: the row after the last.
+        panels: float32 (P, depth, LANES), see :mod:`pipeline.clustering.tile`.
+        half: float32 (P, LANES).
+        labels: int32 (N,), written.
+    """
+    depth = head.shape[1]
+    rows = np.zeros((ROWS, depth), np.float32)
+    score = np.empty((ROWS, LANES), np.float32)
+    number = np.zeros((ROWS, LANES), np.int32)
+    for start in range(lo, hi, ROWS):
+        count = min(ROWS, hi - start)
+        rows[:count] = head[start : start + count]
+        score[:] = np.inf
+        for panel in range(0, panels.shape[0], PANELS):
+            best(rows, 0, panels, half, panel, score, number)
+        for r in range(count):
+            lane = 0
+            for other in range(1, LANES):
+                if score[r, other] < score[r, lane]:
+                    lane = other
+            labels[start + r] = number[r, lane] * LANES + lane
+
+
+@compiled
+def assign(
+    x: Any,
+    lead: Any,
+    lo: int,
+    hi: int,
+    table: Any,
+    drift: Any,
+    first: int,
+    labels: Any,
+    near: Any,
+    far: Any,
+) -> int:
+    """Label rows with their nearest centroid, the first of several at equal distance.
+
+    A row's distance from its own centroid is no more than it was, and what that one moved. Where no
+    other can be as near as that, the row itself is not read, and ``near`` stays what it was.
+
+    With ``first``, the centroids come to others before them, whose nearest is known.
+
+    Args:
+        x: float32 (N, D).
+        lead: the rows' leading coordinates, float32 (N, depth), their squared norms, float32 (N,),
+            and how far they may be from the true ones, float32 (N,).
+        lo: first row to do.
+        hi: the row after the last.
+        table: centroids float32 (K, D); their leading coordinates as panels, float32
+            (P, depth, LANES), and half, float32 (P, LANES); the largest norm of these; how far they
+            may be from the true ones.
+        drift: float64 (K,), how far each centroid moved since ``far`` was written.
+        first: number of the first centroid.
+        labels: int32 (N,): any centroid, the nearer the better; written.
+        near: float32 (N,): squared distance of rows that were read; written.
+        far: float32 (N,): what the distance is at most; written.
+
+    Returns:
+        How many labels changed.
+    """
+    head, square, error = lead
+    centroids, panels, half, reach, blur = table
+    depth, columns = head.shape[1], x.shape[1]
+    rows = np.zeros((ROWS, depth), np.float32)
+    bound = np.full(ROWS, -np.inf, np.float32)
+    words = -(-panels.shape[0] // 4)
+    bits = np.zeros((ROWS, words * 4), np.uint16)
+    wide = bits.view(np.uint64)
+    moved = 0
+    for start in range(lo, hi, ROWS):
+        count = min(ROWS, hi - start)
+        for r in range(count):
+            i = start + r
+            rows[r] = head[i]
+            radius = np.float64(far[i])
+            if first == 0:
+                radius += drift[labels[i]]
+                far[i] = radius * (1.0 + 4.0 * _EPS)
+            bound[r] = _bound(far[i] + error[i] + blur, square[i], depth, reach)
+        for panel in range(0, panels.shape[0], PANELS):
+            mark(rows, 0, panels, half, panel, bound, bits)
+        for r in range(count):
+            i = start + r
+            own = labels[i] - first
+            if own >= 0:
+                wide[r, own // 64] &= ~(np.uint64(1) << np.uint64(own % 64))
+            if _nearest_marked(x, i, centroids, wide[r], first, columns, labels, near, far):
+                moved += 1
+    return moved
+
+
+@compiled
+def _nearest_marked(
+    x: Any,
+    i: int,
+    centroids: Any,
+    words: Any,
+    first: int,
+    columns: int,
+    labels: Any,
+    near: Any,
+    far: Any,
+) -> bool:
+    """Compare row i with the centroids whose bits are set; whether its label changed."""
+    own = labels[i]
+    label, least = own - first, near[i]
+    read = False
+    for w in range(words.shape[0]):
+        word = words[w]
+        while word:
+            if not read and first == 0:
+                least = distance(x, i, centroids, own)
+            read = True
+            j = np.int32(w * 64 + lowest_bit(word))
+            word &= word - np.uint64(1)
+            d = distance(x, i, centroids, j)
+            if d < least or (d == least and j < label):
+                label, least = j, d
+    if read:
+        near[i] = least
+        far[i] = _radius(least, columns) * (1.0 + 4.0 * _EPS)
+        labels[i] = first + label
+    return bool(labels[i] != own)
+
+
+@compiled
+def measure(x: Any, centroids: Any, lo: int, hi: int, labels: Any, near: Any, far: Any) -> None:
+    """Write the squared distances ``near`` of rows lo to hi from their centroids, and ``far``."""
+    for i in range(lo, hi):
+        near[i] = distance(x, i, centroids, labels[i])
+        far[i] = _radius(near[i], x.shape[1]) * (1.0 + 4.0 * _EPS)
+
+
+@compiled
+def lay_out(centred: Any, inside: Any, lo: int, hi: int, panels: Any, half: Any) -> None:
+    """Write centroids lo to hi as panels of their leading coordinates.
+
+    Args:
+        centred: float64 (K, D), from the mean.
+        inside: float64 (K, depth - 1), along the directions; of no column where there are none.
+        lo: first centroid.
+        hi: the one after the last.
+        panels: float32 (P, depth, LANES).
+        half: float32 (P, LANES).
+    """
+    depth = inside.shape[1]
+    for k in range(lo, hi):
+        p, lane = k // LANES, k % LANES
+        square = np.dot(centred[k], centred[k])
+        half[p, lane] = 0.5 * square
+        if depth:
+            for d in range(depth):
+                panels[p, d, lane] = -inside[k, d]
+                square -= inside[k, d] * inside[k, d]
+            panels[p, depth, lane] = -math.sqrt(max(square, 0.0))
+        else:
+            for d in range(centred.shape[1]):
+                panels[p, d, lane] = -centred[k, d]
+
+
+@compiled
+def _uniform(seed: int, number: int) -> float:
+    """A number in [0, 1) for each (seed, number): SplitMix64 (Steele, Lea and Flood, 2014)."""
+    z = np.uint64(seed) + np.uint64(number + 1) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.float64((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+@compiled
+def draw_seeds(state: Any, chunk: int, seed: int, turn: int, trial: Any) -> None:
+    """Draw rows to try as seeds, with probability proportional to ``weights * near``.
+
+    Args:
+        state: of the rows: leading coordinates ``head`` and ``square`` and ``weights`` as for
+            :func:`assign`, squared distances ``near`` to the nearest seed until now, ``bound`` on
+            scores of nearer ones, labels, and the potentials of chunks, float64 (C,): the sum of
+            ``weights * near``.
+        chunk: rows of a chunk.
+        seed: of the draws.
+        turn: number of these draws.
+        trial: numbers of the rows int64 (L,), their ``near`` float32 (L,), panels float32
+            (PANELS, depth, LANES) and half float32 (PANELS, LANES); written.
+    """
+    head, square, weights, near, _, _, potentials = state
+    numbers, before, panels, half = trial
+    total = potentials.sum()
+    half[:] = np.inf
+    count = numbers.shape[0]
+    for j in range(count):
+        target, c = _uniform(seed, turn * count + j) * total, 0
+        while c + 1 < potentials.shape[0] and target >= potentials[c]:
+            target -= potentials[c]
+            c += 1
+        i = _draw(near, weights, c * chunk, min((c + 1) * chunk, near.shape[0]), target)
+        numbers[j], before[j] = i, near[i]
+        for k in range(head.shape[1]):
+            panels[j // LANES, k, j % LANES] = -head[i, k]
+        half[j // LANES, j % LANES] = square[i] / 2
+
+
+@compiled
+def _draw(near: Any, weights: Any, lo: int, hi: int, target: float) -> int:
+    """The row at which the running sum exceeds ``target``, or the last that adds to it."""
+    total, last = 0.0, lo
+    for i in range(lo, hi):
+        part = np.float64(weights[i]) * np.float64(near[i])
+        if part > 0.0:
+            total += part
+            last = i
+            if total > target:
+                break
+    return last
+
+
+@compiled
+def set_bounds(
+    near: Any, square: Any, columns: int, depth: int, reach: float, blur: float, bound: Any
+) -> None:
+    """The largest scores of rows that could be nearer than ``near``, written to ``bound``."""
+    for i in range(near.shape[0]):
+        bound[i] = _bound(_radius(near[i], columns) + blur, square[i], depth, reach)
+
+
+@compiled
+def find_hits(x: Any, state: Any, chunk: int, lo: int, hi: int, trial: Any, hits: Any) -> None:
+    """Rows of chunks lo to hi that are nearer to a row that is tried than to their seed.
+
+    Args:
+        x: float32 (N, D).
+        state: as for :func:`draw_seeds`.
+        chunk: rows of a chunk.
+        trial: as for :func:`draw_seeds`.
+        lo: first chunk to do.
+        hi: the one after the last.
+        hits: how many each chunk has int64 (C,); from a chunk's first row times L on, rows and
+            lanes int32 (N * L, 2), and squared distances float32 (N * L,); written.
+    """
+    head, _, _, near, bound, _, _ = state
+    numbers, _, panels, half = trial
+    counts, pairs, found = hits
+    edge = np.zeros((ROWS, head.shape[1]), np.float32)
+    limit = np.full(ROWS, -np.inf, np.float32)
+    bits = np.zeros((ROWS, PANELS), np.uint16)
+    for c in range(lo, hi):
+        begin, end = c * chunk, min((c + 1) * chunk, x.shape[0])
+        first = begin * numbers.shape[0]
+        last = first
+        for start in range(begin, end, ROWS):
+            size = min(ROWS, end - start)
+            if size == ROWS:
+                mark(head, start, panels, half, 0, bound, bits)
+            else:
+                edge[:size], limit[:size] = head[start:end], bound[start:end]
+                mark(edge, 0, panels, half, 0, limit, bits)
+            for r in range(size):
+                for p in range(PANELS):
+                    word = np.uint64(bits[r, p])
+                    while word:
+                        pairs[last, 0] = start + r
+                        pairs[last, 1] = p * LANES + lowest_bit(word)
+                        word &= word - np.uint64(1)
+                        last += 1
+        kept = first
+        for h in range(first, last):
+            # Rows are far apart in memory: the next ones are on their way meanwhile.
+            if h + 12 < last:
+                prefetch(x, pairs[h + 12, 0])
+            i, j = pairs[h, 0], pairs[h, 1]
+            d = distance(x, i, x, numbers[j])
+            if d < near[i]:
+                pairs[kept, 0], pairs[kept, 1], found[kept] = i, j, d
+                kept += 1
+        counts[c] = kept - first
+
+
+@compiled
+def _add_gains(weights: Any, near: Any, chunk: int, lanes: int, hits: Any, gains: Any) -> None:
+    """What the sum of squared distances would fall by with each row tried; negative: left out."""
+    counts, pairs, found = hits
+    for c in range(counts.shape[0]):
+        first = c * chunk * lanes
+        for h in range(first, first + counts[c]):
+            i, j = pairs[h, 0], pairs[h, 1]
+            if gains[j] >= 0.0 and found[h] < near[i]:
+                fall = np.float64(near[i]) - np.float64(found[h])
+                gains[j] += np.float64(weights[i]) * fall
+
+
+@compiled
+def take_seeds(
+    scale: Any,
+    state: Any,
+    chunk: int,
+    trials: int,
+    seed: int,
+    turn: int,
+    trial: Any,
+    hits: Any,
+    seeds: Any,
+    taken: int,
+) -> int:
+    """Of every ``trials`` rows that were tried make the one a seed that brings distances down most.
+
+    A row was drawn by the distances of then. So that it is one drawn by those of now, after the
+    seeds before it, it is left out with the probability that it would not have been drawn.
+
+    Args:
+        scale: columns, reach and blur, as for :func:`assign`, over all rows.
+        state: as for :func:`draw_seeds`; changed.
+        chunk: rows of a chunk.
+        trials: tries for a seed.
+        seed: of the draws.
+        turn: number of these draws.
+        trial: as for :func:`draw_seeds`.
+        hits: as for :func:`find_hits`.
+        seeds: int64 (K,), numbers of rows, written.
+        taken: how many there are.
+
+    Returns:
+        How many there are now.
+    """
+    columns, reach, blur = scale
+    head, square, weights, near, bound, labels, potentials = state
+    numbers, before = trial[0], trial[1]
+    counts, pairs, found = hits
+    total = numbers.shape[0]
+    gains = np.empty(total)
+    for group in range(0, total, trials):
+        if taken == seeds.shape[0]:
+            break
+        gains[:] = -1.0
+        for j in range(group, min(group + trials, total)):
+            now = near[numbers[j]]
+            if group == 0 or now > _uniform(~seed, turn * total + j) * before[j]:
+                gains[j] = 0.0
+        _add_gains(weights, near, chunk, total, hits, gains)
+        lane = np.argmax(gains)
+        if gains[lane] < 0.0:
+            continue
+        for c in range(counts.shape[0]):
+            first = c * chunk * total
+            fall = 0.0
+            for h in range(first, first + counts[c]):
+                i = pairs[h, 0]
+                if pairs[h, 1] == lane and found[h] < near[i]:
+                    fall += np.float64(weights[i]) * (np.float64(near[i]) - np.float64(found[h]))
+                    near[i], labels[i] = found[h], taken
+                    radius = _radius(near[i], columns) + blur
+                    bound[i] = _bound(radius, square[i], head.shape[1], reach)
+            potentials[c] = max(potentials[c] - fall, 0.0)
+        seeds[taken] = numbers[lane]
+        taken += 1
+    return taken
+
+
+@compiled
+def add_seeds(
+    x: Any,
+    scale: Any,
+    state: Any,
+    chunk: int,
+    trials: int,
+    seed: int,
+    trial: Any,
+    hits: Any,
+    seeds: Any,
+) -> None:
+    """Draw, try and take seeds after the first by one thread; see :func:`take_seeds`."""
+    taken, turn = 1, 0
+    while taken < seeds.shape[0]:
+        draw_seeds(state, chunk, seed, turn, trial)
+        find_hits(x, state, chunk, 0, hits[0].shape[0], trial, hits)
+        taken = take_seeds(scale, state, chunk, trials, seed, turn, trial, hits, seeds, taken)
+        turn += 1
+
+
+@compiled
+def weighted_sum(values: Any, weights: Any, lo: int, hi: int) -> float:
+    """The float64 sum of ``weights * values`` of rows lo to hi, in their order."""
+    total = 0.0
+    for i in range(lo, hi):
+        total += np.float64(weights[i]) * np.float64(values[i])
+    return total
+
+
+@compiled
+def move_rows(
+    x: Any, weights: Any, rows: Any, before: Any, after: Any, lo: int, hi: int, sums: Any
+) -> None:
+    """Take rows out of the sums of one cluster and into those of another, for columns lo to hi.
+
+    Each sum adds its rows in their order, whoever does which columns.
+
+    Args:
+        x: float32 (N, D).
+        weights: float32 (N,).
+        rows: int64 (M,), which rows.
+        before: int32 (M,), clusters they are in; -1 for none.
+        after: int32 (M,), clusters they come to.
+        lo: first column to do.
+        hi: the one after the last.
+        sums: float64 (K, D), changed.
+    """
+    for m in range(rows.shape[0]):
+        i, a, b = rows[m], before[m], after[m]
+        w = np.float64(weights[i])
+        if a >= 0:
+            for c in range(lo, hi):
+                part = w * np.float64(x[i, c])
+                sums[a, c] -= part
+                sums[b, c] += part
+        else:
+            for c in range(lo, hi):
+                sums[b, c] += w * np.float64(x[i, c])
+
+
+@compiled
+def average(
+    sums: Any, weight: Any, before: Any, spherical: bool, lo: int, hi: int, after: Any, drift: Any
+) -> None:
+    """Write the means of clusters lo to hi, and how far they are from what they were.
+
+    Args:
+        sums: float64 (K, D).
+        weight: float64 (K,); a cluster without weight stays where it is.
+        before: float32 (K, D).
+        spherical: make them of length 1.
+        lo: first cluster.
+        hi: the one after the last.
+        after: float32 (K, D), written.
+        drift: float64 (K,), written.
+    """
+    columns = sums.shape[1]
+    for k in range(lo, hi):
+        scale = weight[k]
+        if spherical:
+            square = 0.0
+            for c in range(columns):
+                square += sums[k, c] * sums[k, c]
+            # Rows that point against one another have a mean that points nowhere.
+            scale = math.sqrt(square) if square > 1e-12 * weight[k] * weight[k] else 0.0
+        apart = 0.0
+        for c in range(columns):
+            after[k, c] = sums[k, c] / scale if scale > 0.0 else before[k, c]
+            moved = np.float64(after[k, c]) - np.float64(before[k, c])
+            apart += moved * moved
+        drift[k] = math.sqrt(apart) * (1.0 + 4.0 * _EPS)
+
+
+@compiled
+def variance(x: Any) -> float:
+    """The mean of the variances of columns of float32 rows (N, D)."""
+    rows, columns = x.shape
+    total, square = np.zeros(columns), np.zeros(columns)
+    for i in range(rows):
+        for c in range(columns):
+            # From the first row, so that little is lost where values lie far from 0.
+            value = np.float64(x[i, c]) - np.float64(x[0, c])
+            total[c] += value
+            square[c] += value * value
+    return float(np.sum(square - total * total / rows) / (rows * columns))
