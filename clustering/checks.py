@@ -39,11 +39,16 @@ def check_rows(estimator: Any, x: Any, *, fitting: bool) -> Floats:
             hint="Give a matrix of numbers, one row a sample, of one width throughout.",
             code="bad-rows",
         ) from error
-    _check_finite(made)
+    check_finite(made)
     return np.require(made, np.float32, ["C", "A"])
 
 
-def _check_finite(x: Floats) -> None:
+def check_finite(x: Floats, *, where: str | None = None) -> None:
+    """Make sure that rows float32 (N, D) can be told apart by distance.
+
+    Raises:
+        InputError: some hold NaN or infinity.
+    """
     # A sum is finite where its terms are and do not overflow: one look instead of two.
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(np.einsum("ij,ij->", x, x)):
@@ -56,6 +61,7 @@ def _check_finite(x: Floats) -> None:
             hint="Leave these rows out, or put a number in their place: a distance to them says "
             "nothing.",
             code="not-finite",
+            where=where,
         )
 
 

@@ -162,14 +162,39 @@ class Rows:
             self._summed[:] = -1
             rows = np.arange(len(self.x))
         before, after = self._summed[rows], self.labels[rows]
-        self.threads.split(
-            lambda lo, hi: kernels.move_rows(
-                self.x, self.weights, rows, before, after, lo, hi, self._sums
-            ),
-            self.x.shape[1],
-            LANES,
-        )
+        _move(self.x, self.weights, rows, before, after, self._sums, self.threads)
         self._summed[rows] = after
 
     def _split(self, work: Callable[[int, int], T]) -> list[T]:
         return self.threads.split(work, len(self.x), _LEAST)
+
+
+def add_rows(
+    x: Floats, weights: Floats, labels: npt.NDArray[np.int32], sums: Doubles, threads: Threads
+) -> None:
+    """Add weighted rows, in their order, to the sums of their clusters.
+
+    Args:
+        x: float32 (N, D).
+        weights: float32 (N,).
+        labels: int32 (N,).
+        sums: float64 (K, D), changed.
+        threads: for ranges of columns.
+    """
+    _move(x, weights, np.arange(len(x)), np.full(len(x), -1, np.int32), labels, sums, threads)
+
+
+def _move(
+    x: Floats,
+    weights: Floats,
+    rows: npt.NDArray[np.int64],
+    before: npt.NDArray[np.int32],
+    after: npt.NDArray[np.int32],
+    sums: Doubles,
+    threads: Threads,
+) -> None:
+    threads.split(
+        lambda lo, hi: kernels.move_rows(x, weights, rows, before, after, lo, hi, sums),
+        x.shape[1],
+        LANES,
+    )

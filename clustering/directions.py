@@ -30,7 +30,7 @@ SMALL = 2**27
 _SAMPLE = 4096
 _QUERIES = 512
 _DEPTHS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-_BLOCK = 8192
+_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -118,24 +118,28 @@ class Panels:
     def of(cls, rows: Floats, directions: Directions | None, threads: Threads) -> Panels:
         """Of float32 centroids (K, D)."""
         count = len(rows)
-        centred = rows.astype(np.float64)
-        inside = np.empty((count, 0))
-        if directions:
-            centred -= directions.mean
-            inside = centred @ directions.exact
-        depth = inside.shape[1] + 1 if directions else rows.shape[1]
+        depth = directions.basis.shape[1] + 1 if directions else rows.shape[1]
         number = -(-count // (LANES * PANELS)) * PANELS
         panels = np.zeros((number, depth, LANES), np.float32)
         half = np.full((number, LANES), np.inf, np.float32)
-        threads.split(
-            lambda lo, hi: kernels.lay_out(centred, inside, lo, hi, panels, half), count, 256
-        )
+
+        def lay_out(lo: int, hi: int) -> None:
+            for start in range(lo, hi, _BLOCK):
+                block = slice(start, min(start + _BLOCK, hi))
+                centred = rows[block].astype(np.float64)
+                inside = np.empty((len(centred), 0))
+                if directions:
+                    centred -= directions.mean
+                    inside = centred @ directions.exact
+                kernels.lay_out(centred, inside, start, panels, half)
+
+        threads.split(lay_out, count, 256)
         reach = math.sqrt(2.0 * float(half.ravel()[:count].max())) * (1.0 + 4.0 * _EPS)
         # Coordinates are rounded once, and a short tail is what float64 leaves of a difference.
         return cls(rows, panels, half, reach, 2.0 * _EPS * reach if directions else 0.0)
 
 
-def find_directions(x: Floats, clusters: int) -> Directions | None:
+def find_directions(x: Floats, clusters: int, rows: int | None = None) -> Directions | None:
     """The directions that make the search for the nearest of so many centroids cheapest.
 
     They come from a sample of rows, and so does their number: rows stand for centroids, and it is
@@ -144,12 +148,13 @@ def find_directions(x: Floats, clusters: int) -> Directions | None:
     Args:
         x: float32 (N, D).
         clusters: how many centroids there will be.
+        rows: how many there are, where ``x`` is a sample of them.
 
     Returns:
         None where the rows themselves do as well.
     """
     count, columns = x.shape
-    if columns < 2 * _DEPTHS[0] or count * clusters * columns < SMALL:
+    if columns < 2 * _DEPTHS[0] or (rows or count) * clusters * columns < SMALL:
         return None
     rng = np.random.default_rng(0)
     sample = x[np.sort(rng.choice(count, min(count, _SAMPLE + _QUERIES), replace=False))]

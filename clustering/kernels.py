@@ -187,20 +187,19 @@ def measure(x: Any, centroids: Any, lo: int, hi: int, labels: Any, near: Any, fa
 
 
 @compiled
-def lay_out(centred: Any, inside: Any, lo: int, hi: int, panels: Any, half: Any) -> None:
-    """Write centroids lo to hi as panels of their leading coordinates.
+def lay_out(centred: Any, inside: Any, first: int, panels: Any, half: Any) -> None:
+    """Write centroids as panels of their leading coordinates.
 
     Args:
-        centred: float64 (K, D), from the mean.
-        inside: float64 (K, depth - 1), along the directions; of no column where there are none.
-        lo: first centroid.
-        hi: the one after the last.
+        centred: float64 (M, D), from the mean.
+        inside: float64 (M, depth - 1), along the directions; of no column where there are none.
+        first: number of the first of them.
         panels: float32 (P, depth, LANES).
         half: float32 (P, LANES).
     """
     depth = inside.shape[1]
-    for k in range(lo, hi):
-        p, lane = k // LANES, k % LANES
+    for k in range(centred.shape[0]):
+        p, lane = (first + k) // LANES, (first + k) % LANES
         square = np.dot(centred[k], centred[k])
         half[p, lane] = 0.5 * square
         if depth:

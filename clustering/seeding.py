@@ -96,10 +96,17 @@ def scalable(rows: Rows, clusters: int, random: np.random.RandomState) -> Floats
     if len(drawn) <= clusters:
         return x[plus_plus(rows, clusters, random)]
     weight = np.bincount(rows.labels, weights, len(drawn)).astype(np.float32)
-    chosen = Rows(drawn, weight, rows.directions, rows.threads)
-    first = drawn[plus_plus(chosen, clusters, random)]
-    made: Floats = lloyd(chosen, first, max_iter=20, tol=0.0, assigned=True).centroids
-    return made
+    return reduce(Rows(drawn, weight, rows.directions, rows.threads), clusters, random)
+
+
+def reduce(
+    drawn: Rows, clusters: int, random: np.random.RandomState, *, spherical: bool = False
+) -> Floats:
+    """First centroids float32 (K, D) from weighted candidates: k-means of these."""
+    first = drawn.x[plus_plus(drawn, clusters, random)]
+    made = lloyd(drawn, first, max_iter=20, tol=0.0, spherical=spherical, assigned=True)
+    centroids: Floats = made.centroids
+    return centroids
 
 
 def plus_plus(rows: Rows, clusters: int, random: np.random.RandomState) -> npt.NDArray[np.int64]:

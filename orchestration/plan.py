@@ -14,6 +14,7 @@ from pipeline.orchestration.execute import finished
 from pipeline.orchestration.executor import Resources
 from pipeline.orchestration.fit import Fit
 from pipeline.orchestration.memory import StepFolders
+from pipeline.orchestration.rounds import RoundsTask
 from pipeline.orchestration.run import MapStep, Run
 from pipeline.orchestration.steps import ShardUnit, shard_units
 from pipeline.stage import Stage
@@ -205,6 +206,20 @@ class Planner(Run):
         self.plans.append(replace(plan, shards=len(fits), finished=done, failed=failed))
         known = {"kind": "models", "step": name, "identity": identity}
         artifact = Artifact(folders.artifact, _Unmade(**known))
+        self.steps[artifact.name] = artifact
+        return artifact
+
+    def rounds(
+        self, name: str, task: RoundsTask, source: Source, column: str, parts: int = 32
+    ) -> Artifact:
+        identity, folders = self._rounds_step(name, task, source, column, parts)
+        folder = folders.artifact.url.rpartition("/")[2]
+        plan = StepPlan(name, folder, (type(task).__name__,), self._resources(name), model=False)
+        if Artifact.exists(folders.artifact):
+            self._note_finished(plan, folders)
+            return super().rounds(name, task, source, column, parts)
+        self.plans.append(replace(plan, shards=1))
+        artifact = Artifact(folders.artifact, _Unmade(kind="arrays", step=name, identity=identity))
         self.steps[artifact.name] = artifact
         return artifact
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -16,13 +17,22 @@ from pipeline.errors import RunError
 from pipeline.orchestration import snapshots
 from pipeline.orchestration.adopt import Known, adopt, earlier
 from pipeline.orchestration.execute import Do, execute, finished
-from pipeline.orchestration.executor import Executor, Record, Resources, Unit
+from pipeline.orchestration.executor import Executor, Record, Resources, Unit, attempts
 from pipeline.orchestration.fit import Fit, FitUnit, FitWork
 from pipeline.orchestration.live import hold
 from pipeline.orchestration.logs import run_log
 from pipeline.orchestration.memory import WORK, StepFolders, write_plan, write_steps
 from pipeline.orchestration.progress import Progress
 from pipeline.orchestration.retry import RetrySource, in_quarantine
+from pipeline.orchestration.rounds import (
+    PartUnit,
+    PartWork,
+    ResultWork,
+    Rounds,
+    RoundsTask,
+    part_units,
+    read_parts,
+)
 from pipeline.orchestration.steps import MapWork, shard_units
 from pipeline.orchestration.training import TrainingTask
 from pipeline.stage import Stage
@@ -242,6 +252,75 @@ class Run:
         manifest = {"kind": "models", "step": name, "identity": identity, "spec": spec}
         return Artifact.finish(folders.artifact, manifest, records)
 
+    def rounds(
+        self, name: str, task: RoundsTask, source: Source, column: str, parts: int = 32
+    ) -> Artifact:
+        """Go through a column of all shards in rounds, until ``task`` has found what it looks for.
+
+        The artifact holds arrays (:func:`~pipeline.orchestration.rounds.read_arrays`), and
+        ``metrics`` what was measured. After each round its state is kept, so that a run that is
+        stopped goes on with the round it was in, and in it with the parts that are missing.
+
+        Args:
+            name: of the step.
+            task: what to find.
+            source: the shards.
+            column: whose values are taken.
+            parts: in how many parts shards are gone through; sums depend on it.
+
+        Raises:
+            RunError: the source holds no sample, or a part failed.
+        """
+        identity, folders = self._rounds_step(name, task, source, column, parts)
+        artifact = self._rounds(name, identity, folders, (task, source, column, parts))
+        self.steps[artifact.name] = artifact
+        return artifact
+
+    def _rounds_step(
+        self, name: str, task: RoundsTask, source: Source, column: str, parts: int
+    ) -> tuple[str, StepFolders]:
+        """Identity and folders of a step in rounds."""
+        seed, threads = seed_for(self.seed, name), self._resources(name).threads
+        identity = digest("rounds", name, task, source, column, parts, seed, threads)
+        return identity, StepFolders.of(self.out, f"{name}-{identity[:12]}")
+
+    def _rounds(
+        self,
+        name: str,
+        identity: str,
+        folders: StepFolders,
+        what: tuple[RoundsTask, Source, str, int],
+    ) -> Artifact:
+        task, source, column, parts = what
+        self._begin(folders.artifact.url.rpartition("/")[2])
+        if Artifact.exists(folders.artifact):
+            return self._found(name, folders)
+        if not source.shards:
+            raise _no_samples(name, column)
+        write_plan(folders.work, name, identity, 1)
+        threads = self._resources(name).threads
+        units = part_units(source.shards, len(source.shards), parts)
+        rounds = Rounds(folders.work.below("rounds"))
+        number, state = rounds.begin(lambda: task.begin(seed_for(self.seed, name)))
+        while not task.done(state):
+            inner = rounds.folders(number)
+            work = PartWork(inner, task, source.lean(), column, threads)
+
+            def do(missing: Iterator[Unit], work: PartWork = work) -> Iterator[Record]:
+                return self.executor.run(work, missing, self._resources(name))
+
+            self._execute(f"{name} {number + 1}", inner, units, len(units), do)
+            state = task.join(state, read_parts(inner, units), threads)
+            number += 1
+            rounds.write(number, state)
+        result = [PartUnit(0, name, ())]
+        publish = ResultWork(folders, task, state)
+        records = self._execute(name, folders, result, 1, partial(attempts, publish))
+        spec = canonical({"task": task, "input": source.identity, "column": column, "parts": parts})
+        manifest = {"kind": "arrays", "step": name, "identity": identity, "spec": spec}
+        rounds.store.remove()
+        return Artifact.finish(folders.artifact, manifest, records)
+
     def require(self, look: Callable[[], object]) -> None:
         """Look at what a step gave, so that what cannot come to a good end is refused early."""
         look()
@@ -396,12 +475,16 @@ def _check_inputs(name: str, fits: Mapping[str, Fit]) -> None:
     for fit in fits.values():
         for role, source in fit.inputs.items():
             if not source.shards:
-                raise RunError(
-                    f"The step '{name}' has no sample to learn from as '{role}'.",
-                    hint="Give more images, or a data set with a part for each purpose, such as "
-                    "the folders train/ and test/.",
-                    code="no-samples",
-                )
+                raise _no_samples(name, role)
+
+
+def _no_samples(name: str, role: str) -> RunError:
+    return RunError(
+        f"The step '{name}' has no sample to learn from as '{role}'.",
+        hint="Give more images, or a data set with a part for each purpose, such as the folders "
+        "train/ and test/.",
+        code="no-samples",
+    )
 
 
 def _with_bases(artifacts: Iterable[Artifact]) -> list[str]:

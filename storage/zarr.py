@@ -43,7 +43,7 @@ class ZarrFormat:
 
     def write(self, table: pa.Table, directory: Path, region: Region) -> None:
         stop = region.offset + table.num_rows
-        with _quiet():
+        with quiet():
             group = zarr.open_group(directory / NAME, mode="w", zarr_format=3)
             for column in table.column_names:
                 values = _values(column, table[column])
@@ -60,7 +60,7 @@ class ZarrFormat:
                 array[region.offset : stop] = values
 
     def read(self, directory: Path, name: str, offset: int, rows: int) -> pa.Table:
-        with _quiet():
+        with quiet():
             group = zarr.open_group(directory / NAME, mode="r")
             columns = {}
             for column, array in sorted(group.arrays()):
@@ -119,7 +119,8 @@ def _chunk_rows(values: npt.NDArray[Any], shard_rows: int) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Without warnings that say nothing to a user."""
     with warnings.catch_warnings():
         # Text and bytes have no final Zarr v3 specification yet; every library reads this encoding.
         warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
@@ -145,7 +146,7 @@ class ZarrSource(Source):
     @cached_property
     def _arrays(self) -> dict[str, Any]:
         try:
-            with _quiet():
+            with quiet():
                 group: Any = zarr.open_group(self.store.url, mode="r", zarr_format=3)
                 # Not 'name in group', which takes a damaged array for one that is not there.
                 names = [n for n in COLUMNS if self.store.info(f"{n}/zarr.json")]
@@ -217,7 +218,7 @@ class ZarrSource(Source):
 
     def _read(self, name: str, rows: slice) -> npt.NDArray[Any]:
         try:
-            with _quiet():
+            with quiet():
                 return np.asarray(self._arrays[name][rows])
         except PipelineError:
             raise

@@ -16,6 +16,7 @@ from pipeline.clustering import directions
 from pipeline.clustering.batched_kmeans import BatchedKMeans
 from pipeline.clustering.checks import InputError
 from pipeline.clustering.cpu import Rows
+from pipeline.clustering.hierarchical_kmeans import HierarchicalKMeans, share_out
 from pipeline.clustering.kmeans import KMeans, nearest
 from pipeline.clustering.kmeans_1d import KMeans1D
 from pipeline.clustering.seeding import plus_plus
@@ -394,3 +395,84 @@ def test_an_estimator_can_be_stored():
         again = pickle.loads(pickle.dumps(made))
         rows = x if isinstance(made, KMeans) else x[:, 0]
         np.testing.assert_array_equal(again.predict(rows), made.labels_)
+
+
+HIERARCHICAL = [
+    clusterers.check_duplicates,
+    clusterers.check_threads,
+    clusterers.check_labels,
+    clusterers.check_few_distinct_rows,
+    clusterers.check_parameters,
+]
+
+
+def hierarchical(*, n_clusters, init="k-means++", **options):
+    """What does not begin from given centroids."""
+    return HierarchicalKMeans(n_clusters, **options)
+
+
+@pytest.mark.parametrize("check", HIERARCHICAL, ids=lambda check: check.__name__)
+def test_battery_of_hierarchical(check, filtered):
+    check(hierarchical)
+
+
+@parametrize_with_checks(
+    [HierarchicalKMeans(3, random_state=0)], expected_failed_checks=expected_failures
+)
+def test_scikit_learns_own_checks_of_hierarchical(estimator, check):
+    check(estimator)
+
+
+class Counted(list):
+    """Shards that count how often each is read, and how many bytes are held at a time."""
+
+    reads = 0
+
+    def __getitem__(self, number):
+        self.reads += 1
+        return super().__getitem__(number).copy()
+
+
+def test_shards_are_rows_one_after_the_other():
+    """However they are cut, and however little is held at a time."""
+    x = blobs(5000, 12, 90).astype(np.float32)
+    options = {"n_clusters": 90, "random_state": 4}
+    whole = HierarchicalKMeans(**options).fit(x)
+    shards = Counted([x[:17], x[17:3000], x[3000:]])
+    cut = HierarchicalKMeans(**options).fit(shards)
+    np.testing.assert_array_equal(cut.cluster_centers_, whole.cluster_centers_)
+    np.testing.assert_array_equal(cut.labels_, whole.labels_)
+    np.testing.assert_array_equal(cut.predict(shards), whole.labels_)
+    # 5,000 rows of 48 bytes, 60,000 at a time: at least four rounds, and three reads beside them.
+    reads = Counted([x[:2500], x[2500:]])
+    few = HierarchicalKMeans(**options, memory=60_000).fit(reads)
+    assert few.cluster_centers_.shape == (90, 12)
+    assert 2 * (4 + 4) <= reads.reads <= 2 * (7 + 5)
+    assert math.isclose(few.inertia_, whole.inertia_, rel_tol=0.1)
+
+
+def test_hierarchical_is_near_flat():
+    """A few per cent above k-means over all rows, and far below random rows."""
+    x = blobs(8000, 10, 200).astype(np.float32)
+    flat = KMeans(256, random_state=0).fit(x).inertia_
+    made = HierarchicalKMeans(256, random_state=0).fit(x).inertia_
+    assert made < 1.08 * flat
+    rows = x[np.random.default_rng(0).choice(8000, 256, replace=False)]
+    assert made < 0.8 * nearest(x, rows)[1].sum()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_clusters_are_shared_out_by_cost(data):
+    rows = np.array(data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=12)))
+    cost = np.array(
+        data.draw(st.lists(st.floats(0, 1e6), min_size=len(rows), max_size=len(rows)))
+    ) * (rows > 0)
+    if not rows.sum():
+        return
+    total = data.draw(st.integers(int((rows > 0).sum()), int(rows.sum())))
+    given_out = share_out(total, cost, rows)
+    assert given_out.sum() == total
+    assert ((given_out >= (rows > 0)) & (given_out <= rows)).all()
+    if cost.sum() > 0 and (rows > total).all():
+        assert (given_out >= np.floor(cost / cost.sum() * (total - len(rows)))).all()

@@ -1,0 +1,217 @@
+"""Steps that go through all shards again and again: parts of them at the same time, then a join."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load, save
+
+from pipeline.digest import dumps
+from pipeline.orchestration.executor import Record
+from pipeline.orchestration.memory import StepFolders
+from pipeline.orchestration.steps import timed
+from pipeline.storage.artifact import Artifact
+from pipeline.storage.atomic import publish
+from pipeline.storage.source import Shard, Source
+from pipeline.storage.store import Store
+from pipeline.tensors import to_numpy
+
+log = logging.getLogger(__name__)
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+STATE = "state"
+RESULT = "arrays.safetensors"
+
+
+class RoundsTask(Protocol):
+    """A frozen dataclass that says what to find; its fields and ``version`` are its identity.
+
+    A state is arrays by name. Nothing else passes from one round to the next, and what a part
+    returns depends on its shards and the state alone.
+    """
+
+    def begin(self, seed: int) -> Arrays:
+        """The state before the first round."""
+
+    def part(
+        self, state: Arrays, shards: Iterable[tuple[str, npt.NDArray[Any]]], threads: int
+    ) -> Arrays:
+        """What some shards, by name, say to a state."""
+
+    def join(self, state: Arrays, parts: Iterator[Arrays], threads: int) -> Arrays:
+        """The state after a round, from what its parts returned, in order."""
+
+    def done(self, state: Arrays) -> bool:
+        """Whether nothing is left to do."""
+
+    def result(self, state: Arrays) -> tuple[Arrays, dict[str, Any]]:
+        """What is published, and metrics of plain JSON types."""
+
+
+@dataclass(frozen=True)
+class PartUnit:
+    """Some shards of a source, which one worker goes through in order."""
+
+    index: int
+    name: str
+    shards: tuple[Shard, ...]
+
+
+def part_units(shards: Iterable[Shard], total: int, parts: int) -> list[PartUnit]:
+    """Shards in so many parts, each of shards that follow one another."""
+    edges = [total * part // parts for part in range(parts + 1)]
+    listed = list(shards)
+    return [
+        PartUnit(index, f"part-{index:05d}", tuple(listed[lo:hi]))
+        for index, (lo, hi) in enumerate(pair for pair in pairwise(edges) if pair[0] < pair[1])
+    ]
+
+
+@dataclass(frozen=True)
+class PartWork:
+    """Goes through the shards of one part.
+
+    Attributes:
+        folders: of the round.
+        task: what to find.
+        source: what the shards are of.
+        column: whose values are taken.
+        threads: CPU threads.
+    """
+
+    folders: StepFolders
+    task: RoundsTask
+    source: Source
+    column: str
+    threads: int
+
+    def __call__(self, unit: PartUnit) -> Record:
+        began = time.monotonic()
+        state = _state(self.folders.work)
+        arrays = self.task.part(state, self._arrays(unit), self.threads)
+        with self.folders.work.scratch() as folder:
+            (folder / f"{unit.name}.safetensors").write_bytes(_save(arrays))
+            files = [vars(entry) for entry in publish(folder, self.folders.artifact)]
+        record = {"index": unit.index, "name": unit.name, "files": files, **timed(began)}
+        self.folders.ledger.write(record)
+        return record
+
+    def _arrays(self, unit: PartUnit) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        for shard in unit.shards:
+            yield shard.name, to_numpy(self.source.read(shard)[self.column])
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """The state of a round: a SHA-256 (32 bytes), and arrays as safetensors.
+
+    Args:
+        store: where it lies.
+    """
+
+    store: Store
+
+    def read(self) -> Arrays | None:
+        """The state last written; ``None`` where there is none, or not the bytes that were."""
+        if self.store.info(STATE) is None:
+            return None
+        data = self.store.read(STATE)
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            log.warning("The state of the last round is damaged: it begins anew.")
+            return None
+        return dict(load(data[32:]))
+
+    def write(self, state: Arrays) -> None:
+        """Put ``state`` in place of the last one."""
+        data = _save(state)
+        self.store.replace(STATE, hashlib.sha256(data).digest() + data)
+
+
+@dataclass(frozen=True)
+class ResultWork:
+    """Publishes what the rounds found."""
+
+    folders: StepFolders
+    task: RoundsTask
+    state: Arrays
+
+    def __call__(self, unit: PartUnit) -> Record:
+        arrays, metrics = self.task.result(self.state)
+        with self.folders.work.scratch() as folder:
+            (folder / RESULT).write_bytes(_save(arrays))
+            (folder / "metrics.json").write_bytes(dumps(metrics))
+            files = [vars(entry) for entry in publish(folder, self.folders.artifact)]
+        record = {"index": 0, "name": unit.name, "files": files, "metrics": metrics}
+        self.folders.ledger.write({**record, **timed(time.monotonic())})
+        return record
+
+
+def read_arrays(artifact: Artifact) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a step in rounds, by name.
+
+    Raises:
+        RunError: they are missing or damaged.
+    """
+    return dict(load(artifact.read(RESULT)))
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The rounds of a step: each has a folder, with the state it begins with and what parts return.
+
+    Args:
+        store: where the folders lie.
+    """
+
+    store: Store
+
+    def folders(self, number: int) -> StepFolders:
+        """Where a round keeps what."""
+        work = self.store.below(f"{number:05d}")
+        return StepFolders(work.below("parts"), work)
+
+    def begin(self, first: Callable[[], Arrays]) -> tuple[int, Arrays]:
+        """The last round that has a state, and that state; else the ``first``."""
+        names = [info.name for info in self.store.files() if info.name.endswith(f"/{STATE}")]
+        for number in sorted((int(name.partition("/")[0]) for name in names), reverse=True):
+            state = StateFile(self.folders(number).work).read()
+            if state is not None:
+                return number, state
+        state = first()
+        self.write(0, state)
+        return 0, state
+
+    def write(self, number: int, state: Arrays) -> None:
+        """Begin a round; the one before it is over."""
+        StateFile(self.folders(number).work).write(state)
+        if number:
+            self.folders(number - 1).work.remove()
+
+
+def read_parts(folders: StepFolders, units: Iterable[PartUnit]) -> Iterator[Arrays]:
+    """What the parts of a round returned, in order, one at a time."""
+    for unit in units:
+        yield load(folders.artifact.read(f"{unit.name}.safetensors"))
+
+
+def _save(arrays: Arrays) -> bytes:
+    return bytes(save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
+
+
+@lru_cache(maxsize=1)
+def _state(work: Store) -> Arrays:
+    """The state of a round, read once a process."""
+    state = StateFile(work).read()
+    if state is None:
+        # The round is over, and its folder gone: an attempt that outlived it.
+        raise FileNotFoundError(work.url)
+    return state
