@@ -29,7 +29,9 @@ SMALL = 2**27
 
 _SAMPLE = 4096
 _QUERIES = 512
-_DEPTHS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+_DEPTHS = (3, 7, 11, 15, 23, 31, 47, 63, 95, 127)
+"""Numbers of directions to choose from: with the length of the rest, whole vectors mostly."""
+
 _BLOCK = 4096
 
 
@@ -189,17 +191,18 @@ def _cheapest(queries: Floats, others: Floats, basis: Floats, clusters: int) -> 
     apart = square[:, None] - 2.0 * queries @ others.T + other_square
     nearest = apart.min(1, keepdims=True) * (1.0 + 1e-5)
     inside, other_inside = queries @ basis, others @ basis
-    # In multiply-adds of a lane: a tile's own work, and a candidate's, whose memory is far away.
-    exact = columns / 4 + 512
-    best, least = 0, clusters * (columns + 3) + exact
+    # In cycles for a row, as measured. Rows are further from one another than from centroids, so
+    # that fewer centroids are candidates.
+    each, share = 32 + columns / 4, 0.4 * clusters / len(others)
+    best, least = 0, clusters / LANES * (columns + 1.5)
     for depth in (d for d in _DEPTHS if d <= basis.shape[1]):
         a, b = inside[:, :depth], other_inside[:, :depth]
         within, other_within = np.einsum("ij,ij->i", a, a), np.einsum("ij,ij->i", b, b)
         tail = np.sqrt(np.maximum(square - within, 0.0))
         other_tail = np.sqrt(np.maximum(other_square - other_within, 0.0))
         bound = within[:, None] - 2.0 * a @ b.T + other_within + (tail[:, None] - other_tail) ** 2
-        candidates = float((bound <= nearest).sum(1).mean()) * clusters / len(others)
-        cost = clusters * (depth + 4) + candidates * exact * LANES / 4
+        candidates = float((bound <= nearest).sum(1).mean()) * share
+        cost = clusters / LANES * (depth + 2.5) + candidates * each
         if cost < least:
             best, least = depth, cost
     return best

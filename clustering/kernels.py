@@ -20,6 +20,11 @@ _EPS = 2.0**-24
 """Half a unit in the last place of float32, relative."""
 
 
+_LOOSE = 0.01
+"""A row is read again where its centroid moved more than this share of its distance: a wider reach
+would bring in more of the others."""
+
+
 @compiled
 def _radius(near: float, columns: int) -> float:
     """What a distance may be whose square, a sum of so many terms, came out as ``near``.
@@ -127,10 +132,12 @@ def assign(
         for r in range(count):
             i = start + r
             rows[r] = head[i]
-            radius = np.float64(far[i])
-            if first == 0:
-                radius += drift[labels[i]]
-                far[i] = radius * (1.0 + 4.0 * _EPS)
+            own = labels[i] - first
+            if first == 0 and drift[own] > _LOOSE * far[i]:
+                near[i] = distance(x, i, centroids, own)
+                far[i] = _radius(near[i], columns) * (1.0 + 4.0 * _EPS)
+            elif first == 0:
+                far[i] = (far[i] + drift[own]) * (1.0 + 4.0 * _EPS)
             bound[r] = _bound(far[i] + error[i] + blur, square[i], depth, reach)
         for panel in range(0, panels.shape[0], PANELS):
             mark(rows, 0, panels, half, panel, bound, bits)
@@ -354,7 +361,7 @@ def take_seeds(
     seeds: Any,
     taken: int,
 ) -> int:
-    """Of every ``trials`` rows that were tried make the one a seed that brings distances down most.
+    """Of each ``trials`` rows that were tried make the one a seed that brings distances down most.
 
     A row was drawn by the distances of then. So that it is one drawn by those of now, after the
     seeds before it, it is left out with the probability that it would not have been drawn.
@@ -380,18 +387,21 @@ def take_seeds(
     counts, pairs, found = hits
     total = numbers.shape[0]
     gains = np.empty(total)
-    for group in range(0, total, trials):
-        if taken == seeds.shape[0]:
-            break
+    j = 0
+    while taken < seeds.shape[0]:
         gains[:] = -1.0
-        for j in range(group, min(group + trials, total)):
+        kept = 0
+        while kept < trials and j < total:
+            # Nothing has changed for the first ones.
             now = near[numbers[j]]
-            if group == 0 or now > _uniform(~seed, turn * total + j) * before[j]:
+            if j < trials or now > _uniform(~seed, turn * total + j) * before[j]:
                 gains[j] = 0.0
+                kept += 1
+            j += 1
+        if kept < trials:
+            break
         _add_gains(weights, near, chunk, total, hits, gains)
         lane = np.argmax(gains)
-        if gains[lane] < 0.0:
-            continue
         for c in range(counts.shape[0]):
             first = c * chunk * total
             fall = 0.0

@@ -12,6 +12,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from pipeline.clustering.checks import (
+    InputError,
     check_centroids,
     check_clusters,
     check_rows,
@@ -22,8 +23,15 @@ from pipeline.clustering.checks import (
 from pipeline.clustering.cpu import Rows
 from pipeline.clustering.directions import Floats, find_directions
 from pipeline.clustering.lloyd import Result, lloyd
-from pipeline.clustering.seeding import seed
+from pipeline.clustering.seeding import sample, seed
 from pipeline.clustering.threads import Threads
+
+Labels = npt.NDArray[np.int32]
+
+BACKENDS = ("auto", "cpu", "triton", "flash-kmeans", "cuml")
+
+_MUCH = 2**36
+"""Multiply-adds of an iteration that are worth the way to a GPU."""
 
 
 class KMeans(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -49,6 +57,11 @@ class KMeans(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[mis
         spherical: cluster directions: rows are made of length 1, and so are centroids.
         random_state: an integer for results that can be repeated.
         n_jobs: threads; as many as there are cores where not given.
+        backend: ``"cpu"``; on a GPU ``"triton"``, or ``"flash-kmeans"`` and ``"cuml"`` where these
+            packages are installed; ``"auto"`` takes Triton for much work where there is a GPU that
+            holds the rows. First centroids are the same on all of them. On a GPU products are
+            float32 in another order: the inertia is the same to 1e-5, and a row between two
+            centroids at distances that differ by less than rounding may go to either.
 
     Attributes:
         cluster_centers_: float32 (K, D).
@@ -77,6 +90,7 @@ class KMeans(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[mis
         spherical: bool = False,
         random_state: int | np.random.RandomState | None = None,
         n_jobs: int | None = None,
+        backend: str = "auto",
     ) -> None:
         self.n_clusters = n_clusters
         self.init = init
@@ -87,6 +101,7 @@ class KMeans(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[mis
         self.spherical = spherical
         self.random_state = random_state
         self.n_jobs = n_jobs
+        self.backend = backend
 
     def fit(self, X: npt.ArrayLike, y: None = None, sample_weight: Any = None) -> Self:  # noqa: N803
         """Find the centroids.
@@ -103,17 +118,48 @@ class KMeans(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[mis
         weights = check_weights(sample_weight, len(x))
         check_clusters(self.n_clusters, weights)
         x = unit_rows(x) if self.spherical else x
-        with Threads(self.n_jobs) as threads:
-            rows = Rows(x, weights, find_directions(x, self.n_clusters), threads)
-            best, self.labels_ = fit_rows(self, rows, self.n_clusters, self.random_state, self.init)
+        fit = self._fit_on_gpu if self._backend(x) != "cpu" else self._fit_on_cpu
+        best, self.labels_ = fit(x, weights)
         self.cluster_centers_, self.inertia_, self.n_iter_ = best
         return self
 
-    def predict(self, X: npt.ArrayLike) -> npt.NDArray[np.int32]:  # noqa: N803
+    def _backend(self, x: Floats) -> str:
+        return choose(self.backend, len(x), x.shape[1], self.n_clusters)
+
+    def _fit_on_cpu(self, x: Floats, weights: Floats) -> tuple[Result, Labels]:
+        with Threads(self.n_jobs) as threads:
+            rows = Rows(x, weights, find_directions(x, self.n_clusters), threads)
+            return fit_rows(self, rows, self.n_clusters, self.random_state, self.init)
+
+    def _fit_on_gpu(self, x: Floats, weights: Floats) -> tuple[Result, Labels]:
+        from pipeline.clustering import cuda
+
+        rows = cuda.open_rows(self._backend(x), cuda.to_device(x), cuda.to_device(weights))
+        random = check_random_state(self.random_state)
+        tol, tries = self.tol * spread(x), []
+        for _ in range(self.n_init if isinstance(self.init, str) else 1):
+            first = cuda.to_device(self._first(x, weights, random))
+            made = lloyd(rows, first, max_iter=self.max_iter, tol=tol, spherical=self.spherical)
+            centroids = made.centroids.cpu().numpy()
+            tries.append((made._replace(centroids=centroids), rows.labels.cpu().numpy().copy()))
+        return min(tries, key=lambda made: made[0].inertia)
+
+    def _first(self, x: Floats, weights: Floats, random: np.random.RandomState) -> Floats:
+        """First centroids, which the host finds among a sample of the rows."""
+        if not isinstance(self.init, str):
+            return check_centroids(self.init, self.n_clusters, x.shape[1])
+        some = sample(weights, self.n_clusters, random, self.init_size)
+        part, heavy = (x, weights) if some is None else (x[some], weights[some])
+        with Threads(self.n_jobs) as threads:
+            rows = Rows(part, heavy, find_directions(part, self.n_clusters), threads)
+            return seed(self.init, rows, self.n_clusters, random, len(part))[0]
+
+    def predict(self, X: npt.ArrayLike) -> Labels:  # noqa: N803
         """The nearest centroid of each row (N, D): int32 (N,)."""
         check_is_fitted(self)
         x = check_rows(self, X, fitting=False)
-        return nearest(unit_rows(x) if self.spherical else x, self.cluster_centers_, self.n_jobs)[0]
+        x = unit_rows(x) if self.spherical else x
+        return nearest(x, self.cluster_centers_, self.n_jobs, self.backend)[0]
 
     def transform(self, X: npt.ArrayLike) -> Floats:  # noqa: N803
         """The distance of each row (N, D) from each centroid: (N, K), not squared."""
@@ -128,7 +174,7 @@ class KMeans(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[mis
         x = check_rows(self, X, fitting=False)
         weights = check_weights(sample_weight, len(x))
         x = unit_rows(x) if self.spherical else x
-        near = nearest(x, self.cluster_centers_, self.n_jobs)[1]
+        near = nearest(x, self.cluster_centers_, self.n_jobs, self.backend)[1]
         return -float(np.dot(near.astype(np.float64), weights))
 
     @property
@@ -136,9 +182,31 @@ class KMeans(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[mis
         return len(self.cluster_centers_)
 
 
+def choose(backend: str, rows: int, columns: int, clusters: int) -> str:
+    """The back end that is meant: ``"auto"`` is a GPU for work that is worth the way there.
+
+    Raises:
+        InputError: there is no such back end.
+    """
+    if backend not in BACKENDS:
+        raise InputError(
+            f"There is no back end {backend!r}.",
+            hint=f"It is one of {', '.join(BACKENDS)}.",
+            code="unknown-backend",
+        )
+    if backend != "auto":
+        return backend
+    if rows * columns * clusters < _MUCH:
+        return "cpu"
+    from pipeline.clustering.gpu import fits
+
+    # Twice the rows: they are gathered when they are summed.
+    return "triton" if fits(8 * rows * columns) else "cpu"
+
+
 def fit_rows(
     options: Any, rows: Rows, clusters: int, random_state: Any, init: Any
-) -> tuple[Result, npt.NDArray[np.int32]]:
+) -> tuple[Result, Labels]:
     """Cluster rows as the parameters of an estimator say; also their labels."""
     random = check_random_state(random_state)
     limits = {
@@ -159,8 +227,8 @@ def fit_rows(
 
 
 def nearest(
-    x: Floats, centroids: Floats, n_jobs: int | None = None
-) -> tuple[npt.NDArray[np.int32], Floats]:
+    x: Floats, centroids: Floats, n_jobs: int | None = None, backend: str = "cpu"
+) -> tuple[Labels, Floats]:
     """The nearest centroid of each row, the first of several, and the squared distance to it.
 
     The N x K matrix is not made.
@@ -169,12 +237,21 @@ def nearest(
         x: float32 (N, D), contiguous and finite.
         centroids: float32 (K, D).
         n_jobs: threads; as many as there are cores where not given.
+        backend: as for :class:`KMeans`.
 
     Returns:
         int32 (N,) and float32 (N,).
     """
     if not len(x):
         return np.empty(0, np.int32), np.empty(0, np.float32)
+    backend = choose(backend, len(x), x.shape[1], len(centroids))
+    if backend != "cpu":
+        from pipeline.clustering import cuda
+
+        weights = cuda.to_device(np.ones(len(x), np.float32))
+        held = cuda.open_rows(backend, cuda.to_device(x), weights)
+        held.assign(cuda.to_device(centroids))
+        return held.labels.cpu().numpy(), held.near.cpu().numpy()
     with Threads(n_jobs) as threads:
         directions = find_directions(x, len(centroids))
         rows = Rows(x, np.ones(len(x), np.float32), directions, threads)

@@ -50,15 +50,21 @@ def seed(
     rows.forget()
     if how == "random":
         return rows.x[_draw(rows.weights, clusters, random)], False
-    few = max(size or max(64 * clusters, 2**14), clusters)
-    some = rows
-    if few < len(rows.x):
-        some = rows.part(np.sort(_draw(rows.weights, few, random)))
+    drawn = sample(rows.weights, clusters, random, size)
+    some = rows if drawn is None else rows.part(drawn)
     if how == "k-means||":
         made = scalable(some, clusters, random)
         rows.forget()
         return made, False
     return some.x[plus_plus(some, clusters, random)], some is rows
+
+
+def sample(
+    weights: Floats, clusters: int, random: np.random.RandomState, size: int | None
+) -> npt.NDArray[np.int64] | None:
+    """Rows to seek first centroids among, in order; None for all of them."""
+    few = max(size or max(64 * clusters, 2**14), clusters)
+    return np.sort(_draw(weights, few, random)) if few < len(weights) else None
 
 
 def _draw(weights: Floats, count: int, random: np.random.RandomState) -> npt.NDArray[np.int64]:
@@ -139,8 +145,8 @@ def plus_plus(rows: Rows, clusters: int, random: np.random.RandomState) -> npt.N
     potentials = rows.chunk_sums()
     chunks = len(potentials)
     state = (lead.head, lead.square, weights, rows.near, bound, rows.labels, potentials)
-    # As many seeds at a time as a tile has lanes for.
-    width = WIDTH // trials * trials
+    # As many rows at a time as a tile has lanes for.
+    width = WIDTH
     trial = (
         np.empty(width, np.int64),
         np.empty(width, np.float32),
