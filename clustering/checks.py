@@ -92,7 +92,7 @@ def check_clusters(clusters: int, weights: Floats, *, where: str | None = None) 
     Raises:
         InputError: there are more clusters than rows that weigh something.
     """
-    rows = int(np.count_nonzero(weights))
+    rows = int(np.count_nonzero(weights)) if weights.strides[0] else len(weights)
     if not rows:
         raise InputError(
             "The weights of all rows are zero.",

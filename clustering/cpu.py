@@ -9,7 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.clustering import kernels
-from pipeline.clustering.directions import Directions, Doubles, Floats, Leading, Panels
+from pipeline.clustering.directions import (
+    Directions,
+    Doubles,
+    Floats,
+    Leading,
+    Panels,
+    empty_panels,
+)
+from pipeline.clustering.lloyd import Result
 from pipeline.clustering.threads import Threads
 from pipeline.clustering.tile import LANES, ROWS
 
@@ -126,11 +134,9 @@ class Rows:
             spherical: make means of length 1.
         """
         count = len(centroids)
-        weight = np.bincount(self.labels, self.weights, count)
-        empty = np.flatnonzero(weight == 0.0)
-        if len(empty):
-            self._refill(empty, centroids)
-            weight = np.bincount(self.labels, self.weights, count)
+        self._refill(centroids)
+        weight = np.empty(count)
+        kernels.weigh(self.labels, self.weights, weight)
         self._update_sums(count)
         means, drift = np.empty_like(centroids), np.empty(count)
         self.threads.split(
@@ -143,7 +149,57 @@ class Rows:
         self._drift = drift
         return means, float(drift @ drift)
 
-    def _refill(self, empty: npt.NDArray[np.int64], centroids: Floats) -> None:
+    def run(
+        self, centroids: Floats, *, max_iter: int, tol: float, spherical: bool, assigned: bool
+    ) -> Result:
+        """What :func:`~pipeline.clustering.lloyd.lloyd` does, in one compiled loop.
+
+        For one thread, which so never waits for the others of the interpreter.
+        """
+        if not len(self._drift):
+            self.assign(centroids)
+            assigned = True
+        count, columns = centroids.shape
+        lead, directions = self.leading, self.directions
+        panels, half = empty_panels(count, columns, directions)
+        mean = directions.mean.astype(np.float64) if directions else np.zeros(columns)
+        basis = directions.exact if directions else np.zeros((columns, 0))
+        self._begin_sums(count)
+        made, done, ended = centroids.copy(), 0, 0
+        # What is labelled already may still have empty clusters.
+        filled = not assigned
+        while True:
+            if not filled:
+                self._refill(made)
+            done, ended = kernels.iterate(
+                self.x,
+                (lead.head, lead.square, lead.error),
+                self.weights,
+                mean,
+                basis,
+                panels,
+                half,
+                spherical,
+                done,
+                max_iter,
+                tol,
+                assigned,
+                made,
+                (self.labels, self.near, self._far, self._summed, self._sums, self._drift),
+            )
+            if ended:
+                break
+            assigned, filled = True, False
+        if ended == 2:
+            self.assign(made)
+        return Result(made, self.inertia(made), done)
+
+    def _refill(self, centroids: Floats) -> None:
+        weight = np.empty(len(centroids))
+        kernels.weigh(self.labels, self.weights, weight)
+        empty = np.flatnonzero(weight == 0.0)
+        if not len(empty):
+            return
         self.measure(centroids)
         near = np.where(self.weights > 0.0, self.near, 0.0)
         furthest = np.argsort(-near, kind="stable")[: len(empty)]
@@ -152,11 +208,14 @@ class Rows:
         # Whatever its distance from where that cluster was: it is read when it is assigned.
         self._far[furthest] = np.inf
 
-    def _update_sums(self, count: int) -> None:
+    def _begin_sums(self, count: int) -> None:
         if len(self._sums) != count:
             self._sums = np.zeros((count, self.x.shape[1]))
             self._summed[:] = -1
-        rows = np.flatnonzero(self._summed != self.labels)
+
+    def _update_sums(self, count: int) -> None:
+        self._begin_sums(count)
+        rows = kernels.moved_rows(self.labels, self._summed)
         if 2 * len(rows) > len(self.x):
             self._sums[:] = 0.0
             self._summed[:] = -1

@@ -120,10 +120,7 @@ class Panels:
     def of(cls, rows: Floats, directions: Directions | None, threads: Threads) -> Panels:
         """Of float32 centroids (K, D)."""
         count = len(rows)
-        depth = directions.basis.shape[1] + 1 if directions else rows.shape[1]
-        number = -(-count // (LANES * PANELS)) * PANELS
-        panels = np.zeros((number, depth, LANES), np.float32)
-        half = np.full((number, LANES), np.inf, np.float32)
+        panels, half = empty_panels(count, rows.shape[1], directions)
 
         def lay_out(lo: int, hi: int) -> None:
             for start in range(lo, hi, _BLOCK):
@@ -139,6 +136,16 @@ class Panels:
         reach = math.sqrt(2.0 * float(half.ravel()[:count].max())) * (1.0 + 4.0 * _EPS)
         # Coordinates are rounded once, and a short tail is what float64 leaves of a difference.
         return cls(rows, panels, half, reach, 2.0 * _EPS * reach if directions else 0.0)
+
+
+def empty_panels(count: int, columns: int, directions: Directions | None) -> tuple[Floats, Floats]:
+    """Space for the panels of so many centroids, and for half of their squared norms."""
+    depth = directions.basis.shape[1] + 1 if directions else columns
+    number = -(-count // (LANES * PANELS)) * PANELS
+    return (
+        np.zeros((number, depth, LANES), np.float32),
+        np.full((number, LANES), np.inf, np.float32),
+    )
 
 
 def find_directions(x: Floats, clusters: int, rows: int | None = None) -> Directions | None:

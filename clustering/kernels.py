@@ -469,14 +469,13 @@ def move_rows(
     for m in range(rows.shape[0]):
         i, a, b = rows[m], before[m], after[m]
         w = np.float64(weights[i])
+        row, into = x[i, lo:hi], sums[b, lo:hi]
+        for c in range(row.shape[0]):
+            into[c] += w * np.float64(row[c])
         if a >= 0:
-            for c in range(lo, hi):
-                part = w * np.float64(x[i, c])
-                sums[a, c] -= part
-                sums[b, c] += part
-        else:
-            for c in range(lo, hi):
-                sums[b, c] += w * np.float64(x[i, c])
+            out = sums[a, lo:hi]
+            for c in range(row.shape[0]):
+                out[c] -= w * np.float64(row[c])
 
 
 @compiled
@@ -524,3 +523,104 @@ def variance(x: Any) -> float:
             total[c] += value
             square[c] += value * value
     return float(np.sum(square - total * total / rows) / (rows * columns))
+
+
+@compiled
+def weigh(labels: Any, weights: Any, weight: Any) -> None:
+    """Write the weight of each cluster, float64 (K,)."""
+    weight[:] = 0.0
+    for i in range(labels.shape[0]):
+        weight[labels[i]] += np.float64(weights[i])
+
+
+@compiled
+def moved_rows(labels: Any, summed: Any) -> Any:
+    """Rows that are in another cluster than that whose sum holds them, int64 in their order."""
+    found = np.empty(labels.shape[0], np.int64)
+    count = 0
+    for i in range(labels.shape[0]):
+        found[count] = i
+        count += labels[i] != summed[i]
+    return found[:count].copy()
+
+
+@compiled
+def update_sums(x: Any, weights: Any, labels: Any, summed: Any, sums: Any) -> None:
+    """Bring the sums of clusters up to date with labels, by one thread; see :func:`move_rows`."""
+    rows = moved_rows(labels, summed)
+    if 2 * rows.shape[0] > x.shape[0]:
+        sums[:] = 0.0
+        summed[:] = -1
+        rows = np.arange(x.shape[0])
+    move_rows(x, weights, rows, summed[rows], labels[rows], 0, x.shape[1], sums)
+    summed[rows] = labels[rows]
+
+
+@compiled
+def iterate(
+    x: Any,
+    lead: Any,
+    weights: Any,
+    mean: Any,
+    basis: Any,
+    panels: Any,
+    half: Any,
+    spherical: bool,
+    number: int,
+    limit: int,
+    tol: float,
+    assigned: bool,
+    centroids: Any,
+    state: Any,
+) -> Any:
+    """Lloyd's iteration by one thread: what ``Rows`` does step by step, without leaving the loop.
+
+    Args:
+        x: float32 (N, D).
+        lead: as for :func:`assign`.
+        weights: float32 (N,).
+        mean: float64 (D,), of the directions.
+        basis: float64 (D, depth - 1); of no column where there are no directions.
+        panels: float32 (P, depth, LANES), space.
+        half: float32 (P, LANES), infinite beyond K.
+        spherical: make means of length 1.
+        number: iterations done.
+        limit: the most of them.
+        tol: end where squared distances that centroids moved come to no more.
+        assigned: rows are labelled with these centroids, and empty clusters are filled.
+        centroids: float32 (K, D), changed.
+        state: labels, ``near`` and ``far`` as for :func:`assign`; clusters whose sums hold rows,
+            int32 (N,); sums, float64 (K, D); drift, float64 (K,); changed.
+
+    Returns:
+        Iterations done, and 0 where a cluster is empty and rows are labelled, 1 where the labels
+        stay as they are, 2 where they may change once more.
+    """
+    labels, near, far, summed, sums, drift = state
+    weight, after = np.empty(centroids.shape[0]), np.empty_like(centroids)
+    while number < limit:
+        if not assigned:
+            centred = centroids.astype(np.float64) - mean
+            inside = np.dot(centred, basis)
+            lay_out(centred, inside, 0, panels, half)
+            most = np.float32(0.0)
+            for k in range(centroids.shape[0]):
+                most = max(most, half[k // LANES, k % LANES])
+            reach = math.sqrt(2.0 * most) * (1.0 + 4.0 * _EPS)
+            blur = 2.0 * _EPS * reach if basis.shape[1] else 0.0
+            table = (centroids, panels, half, reach, blur)
+            moved = assign(x, lead, 0, x.shape[0], table, drift, 0, labels, near, far)
+            drift[:] = 0.0
+            if number and not moved:
+                return number + 1, 1
+        weigh(labels, weights, weight)
+        if not assigned and not weight.all():
+            return number, 0
+        assigned = False
+        update_sums(x, weights, labels, summed, sums)
+        average(sums, weight, centroids, spherical, 0, centroids.shape[0], after, drift)
+        centroids[:] = after
+        number += 1
+        if np.dot(drift, drift) <= tol:
+            break
+    return number, 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -214,14 +215,15 @@ def fit_rows(
         "tol": options.tol * spread(rows.x),
         "spherical": options.spherical,
     }
+    run = partial(lloyd, rows) if rows.threads.count > 1 else rows.run
     if not isinstance(init, str):
         first = check_centroids(init, clusters, rows.x.shape[1])
-        return lloyd(rows, first, **limits), rows.labels
+        return run(first, assigned=False, **limits), rows.labels
     size = getattr(options, "init_size", None)
     tries = []
     for _ in range(options.n_init):
         first, assigned = seed(init, rows, clusters, random, size)
-        result = lloyd(rows, first, assigned=assigned, **limits)
+        result = run(first, assigned=assigned, **limits)
         tries.append((result, rows.labels.copy()))
     return min(tries, key=lambda made: made[0].inertia)
 

@@ -17,6 +17,7 @@ from pipeline.clustering.threads import Threads
 _DISTINCT = 2**16
 """Distinct values up to which each is a cell of its own."""
 
+_FEW = 2048
 _CELLS = 2**14
 _SHARE = 1e-3
 """A cell is cut where its own sum of squares is more than this share of a cluster's."""
@@ -80,7 +81,11 @@ class KMeans1D(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[m
             InputError: what is given cannot be clustered.
         """
         values = _values(X)
-        weights = check_weights(sample_weight, len(values))
+        if sample_weight is None:
+            # One number that is read for each value.
+            weights = np.broadcast_to(np.ones(1, np.float32), len(values))
+        else:
+            weights = check_weights(sample_weight, len(values))
         check_clusters(self.n_clusters, weights)
         with Threads(self.n_jobs) as threads:
             sums = _distinct(values, weights, _DISTINCT) if len(values) <= 2 * _DISTINCT else None
@@ -112,9 +117,15 @@ class KMeans1D(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[m
 
     def _label(self, values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.int32]:
         labels = np.empty(len(values), np.int32)
+        borders = self.borders_
+        if values.dtype == np.float32:
+            # Above a border is above the largest float32 that is not.
+            near = borders.astype(np.float32)
+            over = near.astype(np.float64) > borders
+            borders = np.where(over, np.nextafter(near, np.float32(-np.inf)), near)
         with Threads(self.n_jobs) as threads:
             threads.split(
-                lambda lo, hi: _label(values, self.borders_, lo, hi, labels), len(values), 2**16
+                lambda lo, hi: _label(values, borders, lo, hi, labels), len(values), 2**16
             )
         return labels
 
@@ -143,7 +154,10 @@ def _values(x: Any) -> npt.NDArray[np.floating[Any]]:
             hint="Give an array (N,) or (N, 1); rows of more columns are for KMeans.",
             code="bad-rows",
         )
-    if len(made) and not np.isfinite(np.dot(made, np.zeros_like(made))):
+    with np.errstate(over="ignore", invalid="ignore"):
+        # Finite where the sum is; it may overflow where no value does.
+        doubtful = not np.isfinite(made.sum()) and not np.isfinite(made).all()
+    if doubtful:
         first = int(np.flatnonzero(~np.isfinite(made))[0])
         raise InputError(
             f"The values hold NaN or infinity, first at {first}.",
@@ -210,6 +224,7 @@ class _Cells:
         self.sums = np.concatenate([np.zeros((1, 3)), np.cumsum(whole, 0)])
         self.open: dict[int, tuple[Any, Doubles]] = {}
         self.reach = 4
+        self.near: set[int] = set()
 
     def _map(self) -> tuple[float, float, float]:
         return self.low, self.scale, self.middle
@@ -221,6 +236,7 @@ class _Cells:
             sums = self._edges(places)
             at = sums[_best_cuts(sums, clusters)]
             means, inertia = _means(at)
+            self.near = self._near((means[1:] + means[:-1]) / 2)
             if not self._refine(places, _SHARE * inertia / clusters):
                 break
         for done in range(limit):
@@ -246,7 +262,8 @@ class _Cells:
         """Add places within cells whose own sum of squares is more than ``most``."""
         costs = _costs(self.sums)
         coarse = [int(c) for c in np.flatnonzero(costs > most)]
-        self._read({*coarse} - self.open.keys())
+        if coarse:
+            self._read(({*coarse} | self.near) - self.open.keys())
         added = False
         for c in coarse:
             above, sums = self.open[c]
@@ -266,16 +283,17 @@ class _Cells:
 
     def _open(self, borders: Doubles) -> None:
         """Read the values of cells that borders lie in, and of those beside them."""
-        cells = {self._cell(border) for border in borders} - self.open.keys()
-        if not cells:
-            return
-        # Borders go on moving: each time more is read, so that the values are seldom gone through.
+        if not {self._cell(border) for border in borders} <= self.open.keys():
+            self._read(self._near(borders) - self.open.keys())
+            # Borders go on moving: each time more is read, so that this is seldom done.
+            self.reach *= 2
+
+    def _near(self, borders: Doubles) -> set[int]:
+        """Cells of borders and those beside them; all, where these are many."""
         last, reach = len(self.sums) - 2, self.reach
-        self.reach *= 2
+        cells = {self._cell(border) for border in borders}
         cells = {near for c in cells for near in range(max(c - reach, 0), min(c + reach, last) + 1)}
-        if len(cells | self.open.keys()) > last // 4:
-            cells = set(range(last + 1))
-        self._read(cells - self.open.keys())
+        return cells if len(cells | self.open.keys()) <= last // 4 else set(range(last + 1))
 
     def _read(self, cells: set[int]) -> None:
         """Read the values of cells, and put them in order."""
@@ -404,12 +422,15 @@ def _best_cuts(sums: Any, clusters: int) -> Any:
 @compiled
 def _label(values: Any, borders: Any, lo: int, hi: int, labels: Any) -> None:
     """Write how many borders lie below each of values lo to hi."""
-    few = borders.shape[0] <= 32
-    for i in range(lo, hi):
-        if few:
-            label = np.int32(0)
-            for b in range(borders.shape[0]):
-                label += np.int32(values[i] > borders[b])
-            labels[i] = label
-        else:
+    if borders.shape[0] > 32:
+        for i in range(lo, hi):
             labels[i] = np.searchsorted(borders, values[i], "left")
+        return
+    # A few values at a time and one border after the other, which fills vectors.
+    for start in range(lo, hi, _FEW):
+        end = min(start + _FEW, hi)
+        some, made = values[start:end], labels[start:end]
+        made[:] = 0
+        for border in borders:
+            for i in range(some.shape[0]):
+                made[i] += np.int32(some[i] > border)
