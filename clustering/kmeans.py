@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Self
 
 import numpy as np
@@ -197,12 +198,13 @@ def choose(backend: str, rows: int, columns: int, clusters: int) -> str:
         )
     if backend != "auto":
         return backend
-    if rows * columns * clusters < _MUCH:
+    if rows * columns * clusters < _MUCH or find_spec("triton") is None:
         return "cpu"
-    from pipeline.clustering.gpu import fits
+    import torch
 
     # Twice the rows: they are gathered when they are summed.
-    return "triton" if fits(8 * rows * columns) else "cpu"
+    fits = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 8 * rows * columns
+    return "triton" if fits else "cpu"
 
 
 def fit_rows(

@@ -18,7 +18,7 @@ from pipeline.clustering.lloyd import lloyd
 from pipeline.clustering.tile import LANES, PANELS
 
 WIDTH = LANES * PANELS
-
+"""Rows that are tried at a time: those of a tile."""
 
 INITS = ("k-means++", "k-means||", "random")
 

@@ -176,7 +176,7 @@ def type_name(kind: pa.DataType) -> str:
 def _output(artifact: Artifact) -> dict[str, Any]:
     manifest = artifact.manifest
     facts = {name: manifest[name] for name in FACTS if name in manifest}
-    if manifest["kind"] in {"table", "models"}:
+    if manifest["kind"] in {"table", "models", "arrays"}:
         return {**facts, "products": {}, "steps": [_step(artifact)]}
     steps: dict[str, dict[str, Any]] = {}
     bases = set()

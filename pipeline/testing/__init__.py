@@ -10,6 +10,7 @@ Each raises ``AssertionError`` with a sentence that says which promise is broken
 
 from __future__ import annotations
 
+from pipeline.testing.clusterers import check_clusterer
 from pipeline.testing.formats import check_format
 from pipeline.testing.pickled import pickled
 from pipeline.testing.sources import check_source
@@ -20,6 +21,7 @@ from pipeline.testing.trees import tree_digest
 
 __all__ = [
     "assert_same_rows",
+    "check_clusterer",
     "check_format",
     "check_source",
     "check_stage",
