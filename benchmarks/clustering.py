@@ -6,8 +6,8 @@ CIFAR-10), without it rows with a spectrum like theirs; ``--isotropic`` takes no
 no direction leads.
 
 A peer is run to its end. Then ours is timed to the first iteration whose inertia is no more than
-0.1 % above the peer's, from random rows or from k-means++, whichever is there first. Inertia is
-computed in float64 from centroids. The ratio of a shape is the smallest over its peers.
+0.1 % above the peer's, from random rows, k-means++ or k-means||, whichever is there first. Inertia
+is computed in float64 from centroids. The ratio of a shape is the smallest over its peers.
 
     python benchmarks/clustering.py --data shared/data [--quick] [--json] [--only batch]
 """
@@ -35,6 +35,7 @@ import numpy.typing as npt
 from pipeline.clustering.batched_kmeans import BatchedKMeans
 from pipeline.clustering.kmeans import KMeans
 from pipeline.clustering.kmeans_1d import KMeans1D
+from pipeline.clustering.seeding import INITS
 from pipeline.errors import UsageError
 
 Floats = npt.NDArray[np.float32]
@@ -198,8 +199,7 @@ def lloyd(options: argparse.Namespace) -> None:
         for name, peer in peers(clusters, slow=not options.quick).items():
             seconds, centroids = timed(partial(peer, x))
             wanted = inertia(x, centroids)
-            starts = ("random", "k-means++")
-            found = {init: to_inertia(x, clusters, wanted, init) for init in starts}
+            found = {init: to_inertia(x, clusters, wanted, init) for init in INITS}
             init = min(found, key=lambda init: found[init][0])
             ours, reached, steps = found[init]
             ratios.append(seconds / ours)

@@ -26,7 +26,7 @@ def check_rows(estimator: Any, x: Any, *, fitting: bool) -> Floats:
     try:
         made = validate_data(
             estimator,
-            x,
+            x.cpu() if getattr(x, "is_cuda", False) else x,
             reset=fitting,
             dtype=np.float32,
             order="C",

@@ -229,7 +229,7 @@ def _uniform(seed: int, number: int) -> float:
 
 
 @compiled
-def draw_seeds(state: Any, chunk: int, seed: int, turn: int, trial: Any) -> None:
+def draw_seeds(state: Any, chunk: int, seed: int, turn: int, lanes: int, trial: Any) -> None:
     """Draw rows to try as seeds, with probability proportional to ``weights * near``.
 
     Args:
@@ -240,6 +240,7 @@ def draw_seeds(state: Any, chunk: int, seed: int, turn: int, trial: Any) -> None
         chunk: rows of a chunk.
         seed: of the draws.
         turn: number of these draws.
+        lanes: how many rows.
         trial: numbers of the rows int64 (L,), their ``near`` float32 (L,), panels float32
             (PANELS, depth, LANES) and half float32 (PANELS, LANES); written.
     """
@@ -248,7 +249,7 @@ def draw_seeds(state: Any, chunk: int, seed: int, turn: int, trial: Any) -> None
     total = potentials.sum()
     half[:] = np.inf
     count = numbers.shape[0]
-    for j in range(count):
+    for j in range(lanes):
         target, c = _uniform(seed, turn * count + j) * total, 0
         while c + 1 < potentials.shape[0] and target >= potentials[c]:
             target -= potentials[c]
@@ -356,6 +357,7 @@ def take_seeds(
     trials: int,
     seed: int,
     turn: int,
+    lanes: int,
     trial: Any,
     hits: Any,
     seeds: Any,
@@ -373,6 +375,7 @@ def take_seeds(
         trials: tries for a seed.
         seed: of the draws.
         turn: number of these draws.
+        lanes: how many rows were drawn.
         trial: as for :func:`draw_seeds`.
         hits: as for :func:`find_hits`.
         seeds: int64 (K,), numbers of rows, written.
@@ -391,7 +394,7 @@ def take_seeds(
     while taken < seeds.shape[0]:
         gains[:] = -1.0
         kept = 0
-        while kept < trials and j < total:
+        while kept < trials and j < lanes:
             # Nothing has changed for the first ones.
             now = near[numbers[j]]
             if j < trials or now > _uniform(~seed, turn * total + j) * before[j]:
@@ -419,6 +422,16 @@ def take_seeds(
 
 
 @compiled
+def lanes_for(taken: int, trials: int, most: int) -> int:
+    """How many rows to try at a time.
+
+    With few seeds a new one changes the distances of many rows: others drawn with it would be left
+    out mostly.
+    """
+    return min(most, trials * max(1, taken // 2))
+
+
+@compiled
 def add_seeds(
     x: Any,
     scale: Any,
@@ -433,9 +446,12 @@ def add_seeds(
     """Draw, try and take seeds after the first by one thread; see :func:`take_seeds`."""
     taken, turn = 1, 0
     while taken < seeds.shape[0]:
-        draw_seeds(state, chunk, seed, turn, trial)
+        lanes = lanes_for(taken, trials, trial[0].shape[0])
+        draw_seeds(state, chunk, seed, turn, lanes, trial)
         find_hits(x, state, chunk, 0, hits[0].shape[0], trial, hits)
-        taken = take_seeds(scale, state, chunk, trials, seed, turn, trial, hits, seeds, taken)
+        taken = take_seeds(
+            scale, state, chunk, trials, seed, turn, lanes, trial, hits, seeds, taken
+        )
         turn += 1
 
 

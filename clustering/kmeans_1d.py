@@ -88,10 +88,11 @@ class KMeans1D(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[m
             weights = check_weights(sample_weight, len(values))
         check_clusters(self.n_clusters, weights)
         with Threads(self.n_jobs) as threads:
-            sums = _distinct(values, weights, _DISTINCT) if len(values) <= 2 * _DISTINCT else None
-            if sums is not None:
+            few = _distinct(values, weights) if len(values) <= 2 * _DISTINCT else None
+            if few is not None:
+                sums, middle = few
                 means, self.inertia_ = _means(sums[_best_cuts(sums, self.n_clusters)])
-                self.n_iter_ = 0
+                means, self.n_iter_ = means + middle, 0
             else:
                 cells = _Cells(values, weights, max(_CELLS, 16 * self.n_clusters), threads)
                 means, self.inertia_, self.n_iter_ = cells.fit(self.n_clusters, self.max_iter)
@@ -167,18 +168,20 @@ def _values(x: Any) -> npt.NDArray[np.floating[Any]]:
     return np.ascontiguousarray(made)
 
 
-def _distinct(values: Any, weights: Any, most: int) -> Doubles | None:
-    """Running sums of weight, value and square at each distinct value: float64 (M + 1, 3).
+def _distinct(values: Any, weights: Any) -> tuple[Doubles, float] | None:
+    """Running sums at each distinct value, float64 (M + 1, 3), and the value they are counted from.
 
-    None where there are more than ``most``.
+    They are of weight, value and square; None where there are too many.
     """
     kept = weights > 0.0
     found, which = np.unique(values[kept].astype(np.float64), return_inverse=True)
-    if len(found) > most:
+    if len(found) > _DISTINCT:
         return None
-    weight = np.bincount(which, weights[kept])
-    parts = np.column_stack([weight, weight * found, weight * found * found])
-    return np.concatenate([np.zeros((1, 3)), np.cumsum(parts, 0)])
+    # Far from 0 squares would say little.
+    middle = float(found[len(found) // 2])
+    weight, above = np.bincount(which, weights[kept]), found - middle
+    parts = np.column_stack([weight, weight * above, weight * above * above])
+    return np.concatenate([np.zeros((1, 3)), np.cumsum(parts, 0)]), middle
 
 
 def _means(at: Doubles) -> tuple[Doubles, float]:
@@ -209,7 +212,7 @@ class _Cells:
         self.values, self.weights, self.threads = values, weights, threads
         some = values[np.random.default_rng(0).integers(len(values), size=2**14)]
         low, high = float(some.min()), float(some.max())
-        # Sums are of what values are above the middle: far from 0 squares would say little.
+        # Sums are of what values are above the middle.
         self.middle = float(np.median(some))
         self.low, self.scale = low, (count - 1) / (high - low) if high > low else 1.0
         parts = np.zeros((_PARTS, count, 3))

@@ -165,12 +165,13 @@ def plus_plus(rows: Rows, clusters: int, random: np.random.RandomState) -> npt.N
     for turn in itertools.count():
         if taken == clusters:
             break
-        kernels.draw_seeds(state, CHUNK, seed, turn, trial)
+        lanes = kernels.lanes_for(taken, trials, width)
+        kernels.draw_seeds(state, CHUNK, seed, turn, lanes, trial)
         threads.split(
             lambda lo, hi: kernels.find_hits(x, state, CHUNK, lo, hi, trial, hits), chunks
         )
         taken = kernels.take_seeds(
-            scale, state, CHUNK, trials, seed, turn, trial, hits, seeds, taken
+            scale, state, CHUNK, trials, seed, turn, lanes, trial, hits, seeds, taken
         )
     rows.measure(x[seeds])
     return seeds

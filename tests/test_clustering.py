@@ -366,6 +366,13 @@ def test_many_values_rest_at_a_fixed_point_no_worse_than_scikit_learns(values, c
         assert inertia <= (least**2).sum() * (1 + 1e-6)
 
 
+def test_one_dimension_far_from_zero():
+    values = 1e8 + np.array([0.0, 1.0, 10.0, 11.0, 30.0])
+    made = KMeans1D(3).fit(values)
+    assert made.inertia_ == 1.0
+    assert made.cluster_centers_[:, 0].tolist() == [1e8 + 0.5, 1e8 + 10.5, 1e8 + 30.0]
+
+
 def test_one_dimension_for_any_number_of_threads():
     values = np.random.default_rng(0).gamma(1.0, size=300_000)
     made = [KMeans1D(10, n_jobs=jobs).fit(values) for jobs in (1, 8)]
