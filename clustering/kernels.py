@@ -51,6 +51,13 @@ def _bound(radius: float, square: float, depth: int, reach: float) -> float:
 
 
 @compiled
+def _mark_all(rows: Any, row: int, panels: Any, half: Any, bound: Any, bits: Any) -> None:
+    """Mark a tile of rows against all panels; see :func:`pipeline.clustering.tile.mark`."""
+    for panel in range(0, panels.shape[0], PANELS):
+        mark(rows, row, panels, half, panel, bound, bits)
+
+
+@compiled
 def nearest_head(head: Any, lo: int, hi: int, panels: Any, half: Any, labels: Any) -> None:
     """Label rows lo to hi by their leading coordinates alone: near the nearest, if not that.
 
@@ -139,8 +146,7 @@ def assign(
             elif first == 0:
                 far[i] = (far[i] + drift[own]) * (1.0 + 4.0 * _EPS)
             bound[r] = _bound(far[i] + error[i] + blur, square[i], depth, reach)
-        for panel in range(0, panels.shape[0], PANELS):
-            mark(rows, 0, panels, half, panel, bound, bits)
+        _mark_all(rows, 0, panels, half, bound, bits)
         for r in range(count):
             i = start + r
             own = labels[i] - first
@@ -242,7 +248,7 @@ def draw_seeds(state: Any, chunk: int, seed: int, turn: int, lanes: int, trial: 
         turn: number of these draws.
         lanes: how many rows.
         trial: numbers of the rows int64 (L,), their ``near`` float32 (L,), panels float32
-            (PANELS, depth, LANES) and half float32 (PANELS, LANES); written.
+            (L / LANES, depth, LANES) and half float32 (L / LANES, LANES); written.
     """
     head, square, weights, near, _, _, potentials = state
     numbers, before, panels, half = trial
@@ -303,7 +309,7 @@ def find_hits(x: Any, state: Any, chunk: int, lo: int, hi: int, trial: Any, hits
     counts, pairs, found = hits
     edge = np.zeros((ROWS, head.shape[1]), np.float32)
     limit = np.full(ROWS, -np.inf, np.float32)
-    bits = np.zeros((ROWS, PANELS), np.uint16)
+    bits = np.zeros((ROWS, panels.shape[0]), np.uint16)
     for c in range(lo, hi):
         begin, end = c * chunk, min((c + 1) * chunk, x.shape[0])
         first = begin * numbers.shape[0]
@@ -311,12 +317,12 @@ def find_hits(x: Any, state: Any, chunk: int, lo: int, hi: int, trial: Any, hits
         for start in range(begin, end, ROWS):
             size = min(ROWS, end - start)
             if size == ROWS:
-                mark(head, start, panels, half, 0, bound, bits)
+                _mark_all(head, start, panels, half, bound, bits)
             else:
                 edge[:size], limit[:size] = head[start:end], bound[start:end]
-                mark(edge, 0, panels, half, 0, limit, bits)
+                _mark_all(edge, 0, panels, half, limit, bits)
             for r in range(size):
-                for p in range(PANELS):
+                for p in range(panels.shape[0]):
                     word = np.uint64(bits[r, p])
                     while word:
                         pairs[last, 0] = start + r

@@ -15,10 +15,10 @@ from pipeline.clustering.checks import InputError
 from pipeline.clustering.cpu import CHUNK, Rows
 from pipeline.clustering.directions import Floats
 from pipeline.clustering.lloyd import lloyd
-from pipeline.clustering.tile import LANES, PANELS
+from pipeline.clustering.tile import LANES
 
-WIDTH = LANES * PANELS
-"""Rows that are tried at a time: those of a tile."""
+WIDTH = 2 * LANES
+"""Rows that are tried at a time, on each kind of processor."""
 
 INITS = ("k-means++", "k-means||", "random")
 
@@ -150,8 +150,8 @@ def plus_plus(rows: Rows, clusters: int, random: np.random.RandomState) -> npt.N
     trial = (
         np.empty(width, np.int64),
         np.empty(width, np.float32),
-        np.zeros((PANELS, depth, LANES), np.float32),
-        np.empty((PANELS, LANES), np.float32),
+        np.zeros((WIDTH // LANES, depth, LANES), np.float32),
+        np.empty((WIDTH // LANES, LANES), np.float32),
     )
     hits = (
         np.empty(chunks, np.int64),
