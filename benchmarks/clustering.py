@@ -347,14 +347,14 @@ def gpu(_: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         print("\nNo GPU here: not measured on a GPU")
         return
-    from pipeline.clustering import cuda
+    from pipeline.clustering import cuda, triton_kernels
 
     name = torch.cuda.get_device_name()
     for count, columns, clusters in ((10**6, 64, 1000), (10**6, 768, 1000), (10**5, 768, 10_000)):
         x = torch.randn(count, columns, device="cuda")
         c, ones = x[:clusters].clone(), torch.ones(count, device="cuda")
         arms: dict[str, Callable[[], Any]] = {}
-        for precision in cuda.PRECISIONS:
+        for precision in triton_kernels.PRECISIONS:
             arms[f"Triton, {precision}"] = partial(cuda.CudaRows(x, ones, precision).assign, c)
         for backend in ("flash-kmeans", "cuml"):
             try:

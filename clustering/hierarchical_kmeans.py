@@ -32,9 +32,6 @@ Integers = npt.NDArray[np.int64]
 _SAMPLE = 256
 """Rows of the sample for each cell."""
 
-_PIECE = 2**16
-"""Rows that are compared with all centroids in one go."""
-
 
 class HierarchicalKMeans(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """k-means in two levels: cells, and clusters within each.
@@ -195,8 +192,7 @@ class HierarchicalKMeans(ClusterMixin, TransformerMixin, BaseEstimator):  # type
         X: npt.ArrayLike | Sequence[npt.ArrayLike],  # noqa: N803
     ) -> npt.NDArray[np.int32]:
         """The nearest of all centroids of each row (N, D): int32 (N,)."""
-        check_is_fitted(self)
-        return _Shards(self, X, fitting=False).nearest(self.cluster_centers_)[0]
+        return self._nearest(X)[0]
 
     def transform(self, X: npt.ArrayLike) -> Floats:  # noqa: N803
         """The distance of each row (N, D) from each centroid: (N, K), not squared."""
@@ -207,9 +203,18 @@ class HierarchicalKMeans(ClusterMixin, TransformerMixin, BaseEstimator):  # type
 
     def score(self, X: npt.ArrayLike | Sequence[npt.ArrayLike], y: None = None) -> float:  # noqa: N803
         """Minus the sum of squared distances of rows to their nearest centroid."""
+        return -float(self._nearest(X)[1].sum(dtype=np.float64))
+
+    def _nearest(self, x: Any) -> tuple[npt.NDArray[np.int32], Floats]:
         check_is_fitted(self)
-        near = _Shards(self, X, fitting=False).nearest(self.cluster_centers_)[1]
-        return -float(near.sum(dtype=np.float64))
+        labels, near = [], []
+        for part in _parts(x):
+            made = check_rows(self, part, fitting=False)
+            made = unit_rows(made) if self.spherical else made
+            found = nearest(made, self.cluster_centers_, self.n_jobs)
+            labels.append(found[0])
+            near.append(found[1])
+        return np.concatenate(labels), np.concatenate(near)
 
     @property
     def _n_features_out(self) -> int:
@@ -246,22 +251,13 @@ class _Shards:
     Args:
         estimator: for whom they are checked.
         x: an array (N, D), or a sequence of arrays.
-        fitting: they say how wide rows are.
     """
 
-    def __init__(self, estimator: Any, x: Any, *, fitting: bool = True) -> None:
-        self.estimator = estimator
-        whole = isinstance(x, np.ndarray) or not isinstance(x, Sequence) or not _is_shards(x)
-        self.parts: Any = [x] if whole else x
-        if not len(self.parts):
-            raise InputError(
-                "There is no shard.",
-                hint="Give at least one array of rows.",
-                code="bad-rows",
-            )
+    def __init__(self, estimator: Any, x: Any) -> None:
+        self.estimator, self.parts = estimator, _parts(x)
         sizes = []
-        for number in range(len(self.parts)):
-            part = check_rows(estimator, self.parts[number], fitting=fitting and not number)
+        for number, given in enumerate(self.parts):
+            part = check_rows(estimator, given, fitting=not number)
             self.columns = part.shape[1]
             sizes.append(len(part))
         self.edges = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -283,18 +279,12 @@ class _Shards:
             made[order[lo:hi]] = part[ordered[lo:hi] - first]
         return made
 
-    def pieces(self) -> Iterator[tuple[slice, Floats]]:
-        """Rows in order, so many at a time: which they are, and float32 (M, D)."""
-        for first, part in self.read():
-            for start in range(0, len(part), _PIECE):
-                piece = part[start : start + _PIECE]
-                yield slice(first + start, first + start + len(piece)), piece
-
     def nearest(self, centroids: Floats) -> tuple[npt.NDArray[np.int32], Floats]:
         """The nearest centroid of each row, and the squared distance: int32 and float32 (N,)."""
         labels, near = np.empty(self.count, np.int32), np.empty(self.count, np.float32)
-        for rows, piece in self.pieces():
-            labels[rows], near[rows] = nearest(piece, centroids, self.estimator.n_jobs)
+        for first, part in self.read():
+            rows = slice(first, first + len(part))
+            labels[rows], near[rows] = nearest(part, centroids, self.estimator.n_jobs)
         return labels, near
 
     def refined(self, centroids: Floats, weights: Floats) -> tuple[Floats, float]:
@@ -305,12 +295,12 @@ class _Shards:
         count = len(centroids)
         sums, weight, inertia = np.zeros((count, self.columns)), np.zeros(count), 0.0
         with Threads(self.estimator.n_jobs) as threads:
-            for rows, piece in self.pieces():
-                labels, near = nearest(piece, centroids, threads.count)
-                heavy = np.ascontiguousarray(weights[rows])
+            for first, part in self.read():
+                labels, near = nearest(part, centroids, threads.count)
+                heavy = weights[first : first + len(part)]
                 weight += np.bincount(labels, heavy, count)
                 inertia += float(np.dot(near.astype(np.float64), heavy))
-                add_rows(piece, heavy, labels, sums, threads)
+                add_rows(part, heavy, labels, sums, threads)
         means = np.empty_like(centroids)
         kernels.average(
             sums, weight, centroids, self.estimator.spherical, 0, count, means, np.empty(count)
@@ -318,6 +308,17 @@ class _Shards:
         return means, inertia
 
 
-def _is_shards(x: Any) -> bool:
-    """Whether the items of a sequence are matrices, not rows."""
-    return len(x) == 0 or np.ndim(x[0]) == 2
+def _parts(x: Any) -> Any:
+    """The arrays of a sequence of arrays; one that is no such sequence is an array itself.
+
+    Raises:
+        InputError: the sequence is empty.
+    """
+    if isinstance(x, np.ndarray) or not isinstance(x, Sequence):
+        return [x]
+    if not len(x):
+        raise InputError(
+            "There is no shard.", hint="Give at least one array of rows.", code="bad-rows"
+        )
+    # A list may be of shards or, as scikit-learn takes it, of rows.
+    return x if not isinstance(x, list) or np.ndim(x[0]) == 2 else [x]

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.clustering import kernels
+from pipeline.clustering import seed_kernels as kernels
 from pipeline.clustering.checks import InputError
 from pipeline.clustering.cpu import CHUNK, Rows
 from pipeline.clustering.directions import Floats
@@ -145,18 +145,16 @@ def plus_plus(rows: Rows, clusters: int, random: np.random.RandomState) -> npt.N
     potentials = rows.chunk_sums()
     chunks = len(potentials)
     state = (lead.head, lead.square, weights, rows.near, bound, rows.labels, potentials)
-    # As many rows at a time as a tile has lanes for.
-    width = WIDTH
     trial = (
-        np.empty(width, np.int64),
-        np.empty(width, np.float32),
+        np.empty(WIDTH, np.int64),
+        np.empty(WIDTH, np.float32),
         np.zeros((WIDTH // LANES, depth, LANES), np.float32),
         np.empty((WIDTH // LANES, LANES), np.float32),
     )
     hits = (
         np.empty(chunks, np.int64),
-        np.empty((len(x) * width, 2), np.int32),
-        np.empty(len(x) * width, np.float32),
+        np.empty((len(x) * WIDTH, 2), np.int32),
+        np.empty(len(x) * WIDTH, np.float32),
     )
     taken = 1
     if threads.count == 1 or chunks == 1:
@@ -165,7 +163,7 @@ def plus_plus(rows: Rows, clusters: int, random: np.random.RandomState) -> npt.N
     for turn in itertools.count():
         if taken == clusters:
             break
-        lanes = kernels.lanes_for(taken, trials, width)
+        lanes = kernels.lanes_for(taken, trials, WIDTH)
         kernels.draw_seeds(state, CHUNK, seed, turn, lanes, trial)
         threads.split(
             lambda lo, hi: kernels.find_hits(x, state, CHUNK, lo, hi, trial, hits), chunks

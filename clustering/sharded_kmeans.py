@@ -118,7 +118,7 @@ class ShardedKMeans:
     def _draw(self, state: Arrays, rows: Iterable[tuple[str, Rows]], phase: int) -> Arrays:
         """Rows drawn without replacement, by squared distance to those drawn before."""
         most = round(self.oversampling * self.n_clusters) if phase else _SAMPLE
-        found, arrivals, total = [], [], 0
+        drawn, total = None, 0
         for name, part in rows:
             total += len(part.x)
             if phase:
@@ -130,10 +130,8 @@ class ShardedKMeans:
                 arrival = random.standard_exponential(len(share)) / share
             first = np.argsort(arrival, kind="stable")[:most]
             first = first[np.isfinite(arrival[first])]
-            found.append(part.x[first])
-            arrivals.append(arrival[first])
-        joined = _first(np.concatenate(found), np.concatenate(arrivals), most)
-        return {**joined, "count": np.array([total])}
+            drawn = _first(drawn, {"rows": part.x[first], "arrival": arrival[first]}, most)
+        return {**(drawn or {}), "count": np.array([total])}
 
     def _weigh(self, state: Arrays, rows: Iterable[tuple[str, Rows]]) -> Arrays:
         weight = np.zeros(len(state["drawn"]))
@@ -148,7 +146,7 @@ class ShardedKMeans:
         inertia, far, labels, spare = 0.0, [], [], []
         for _, part in rows:
             part.assign(centroids)
-            inertia += part.inertia(centroids)
+            inertia += float(part.chunk_sums().sum())
             weight += np.bincount(part.labels, minlength=len(weight))
             add_rows(part.x, part.weights, part.labels, sums, part.threads)
             first = np.argsort(-part.near, kind="stable")[:_SPARE]
@@ -173,21 +171,21 @@ class ShardedKMeans:
         phase = int(state["phase"][0])
         with Threads(threads) as pool:
             if phase <= self.rounds:
-                made = self._join_drawn(state, list(parts), phase)
+                made = self._join_drawn(state, parts, phase)
             elif phase == self.rounds + 1:
                 made = self._join_weights(state, parts, pool)
             else:
                 made = self._join_sums(state, parts)
         return {**made, "phase": np.array([phase + 1])}
 
-    def _join_drawn(self, state: Arrays, parts: list[Arrays], phase: int) -> Arrays:
+    def _join_drawn(self, state: Arrays, parts: Iterator[Arrays], phase: int) -> Arrays:
         most = round(self.oversampling * self.n_clusters) if phase else _SAMPLE
-        rows = np.concatenate([part["rows"] for part in parts])
-        arrival = np.concatenate([part["arrival"] for part in parts])
-        found = _first(rows, arrival, most)["rows"]
+        drawn, count = None, 0
+        for part in parts:
+            drawn, count = _first(drawn, part, most), count + int(part["count"][0])
+        found = drawn["rows"] if drawn else np.empty((0, 0), np.float32)
         if phase:
             return {**state, "drawn": np.concatenate([state["drawn"], found])}
-        count = int(sum(part["count"][0] for part in parts))
         if count < self.n_clusters:
             raise InputError(
                 f"n_clusters={self.n_clusters} clusters cannot be made of {count} rows.",
@@ -241,7 +239,10 @@ class ShardedKMeans:
         return {**state, "centroids": after, "last": np.array([int(ends)])}
 
 
-def _first(rows: Floats, arrival: npt.NDArray[np.float64], most: int) -> dict[str, Any]:
-    """The rows that arrive first, in that order."""
+def _first(drawn: Arrays | None, more: Arrays, most: int) -> Arrays:
+    """The rows that arrive first, in that order, of those until now and some more."""
+    both = [each for each in (drawn, more) if each is not None]
+    arrival = np.concatenate([each["arrival"] for each in both])
     order = np.argsort(arrival, kind="stable")[:most]
+    rows = np.concatenate([each["rows"] for each in both])
     return {"rows": rows[order], "arrival": arrival[order]}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -20,10 +19,10 @@ from pipeline.orchestration.executor import Record
 from pipeline.orchestration.memory import StepFolders
 from pipeline.orchestration.steps import timed
 from pipeline.storage.artifact import Artifact
-from pipeline.storage.atomic import publish
+from pipeline.storage.atomic import publish, with_digest, without_digest
+from pipeline.storage.features import read_column
 from pipeline.storage.source import Shard, Source
 from pipeline.storage.store import Store
-from pipeline.tensors import to_numpy
 
 log = logging.getLogger(__name__)
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -66,10 +65,10 @@ class PartUnit:
     shards: tuple[Shard, ...]
 
 
-def part_units(shards: Iterable[Shard], total: int, parts: int) -> list[PartUnit]:
+def part_units(shards: Sequence[Shard], parts: int) -> list[PartUnit]:
     """Shards in so many parts, each of shards that follow one another."""
-    edges = [total * part // parts for part in range(parts + 1)]
     listed = list(shards)
+    edges = [len(listed) * part // parts for part in range(parts + 1)]
     return [
         PartUnit(index, f"part-{index:05d}", tuple(listed[lo:hi]))
         for index, (lo, hi) in enumerate(pair for pair in pairwise(edges) if pair[0] < pair[1])
@@ -107,7 +106,7 @@ class PartWork:
 
     def _arrays(self, unit: PartUnit) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         for shard in unit.shards:
-            yield shard.name, to_numpy(self.source.read(shard)[self.column])
+            yield shard.name, read_column(self.source, shard, self.column)
 
 
 @dataclass(frozen=True)
@@ -124,16 +123,15 @@ class StateFile:
         """The state last written; ``None`` where there is none, or not the bytes that were."""
         if self.store.info(STATE) is None:
             return None
-        data = self.store.read(STATE)
-        if hashlib.sha256(data[32:]).digest() != data[:32]:
+        data = without_digest(self.store.read(STATE))
+        if data is None:
             log.warning("The state of the last round is damaged: it begins anew.")
             return None
-        return dict(load(data[32:]))
+        return dict(load(data))
 
     def write(self, state: Arrays) -> None:
         """Put ``state`` in place of the last one."""
-        data = _save(state)
-        self.store.replace(STATE, hashlib.sha256(data).digest() + data)
+        self.store.replace(STATE, with_digest(_save(state)))
 
 
 @dataclass(frozen=True)
@@ -179,18 +177,44 @@ class Rounds:
         work = self.store.below(f"{number:05d}")
         return StepFolders(work.below("parts"), work)
 
-    def begin(self, first: Callable[[], Arrays]) -> tuple[int, Arrays]:
-        """The last round that has a state, and that state; else the ``first``."""
+    def finish(
+        self,
+        task: RoundsTask,
+        units: Sequence[PartUnit],
+        seed: int,
+        threads: int,
+        go: Callable[[int, StepFolders], object],
+    ) -> Arrays:
+        """Go on from the last round that has a state until the task is done; its last state.
+
+        Args:
+            task: what to find.
+            units: all parts, in order.
+            seed: of the task.
+            threads: for the join.
+            go: does the missing parts of a round, given its number and folders.
+        """
+        number, state = self._latest() or (0, task.begin(seed))
+        if not number:
+            self._write(0, state)
+        while not task.done(state):
+            folders = self.folders(number)
+            go(number, folders)
+            state = task.join(state, read_parts(folders, units), threads)
+            number += 1
+            self._write(number, state)
+        return state
+
+    def _latest(self) -> tuple[int, Arrays] | None:
+        """The last round that has a state, and that state."""
         names = [info.name for info in self.store.files() if info.name.endswith(f"/{STATE}")]
         for number in sorted((int(name.partition("/")[0]) for name in names), reverse=True):
             state = StateFile(self.folders(number).work).read()
             if state is not None:
                 return number, state
-        state = first()
-        self.write(0, state)
-        return 0, state
+        return None
 
-    def write(self, number: int, state: Arrays) -> None:
+    def _write(self, number: int, state: Arrays) -> None:
         """Begin a round; the one before it is over."""
         StateFile(self.folders(number).work).write(state)
         if number:

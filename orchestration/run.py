@@ -31,7 +31,6 @@ from pipeline.orchestration.rounds import (
     Rounds,
     RoundsTask,
     part_units,
-    read_parts,
 )
 from pipeline.orchestration.steps import MapWork, shard_units
 from pipeline.orchestration.training import TrainingTask
@@ -299,20 +298,18 @@ class Run:
             raise _no_samples(name, column)
         write_plan(folders.work, name, identity, 1)
         threads = self._resources(name).threads
-        units = part_units(source.shards, len(source.shards), parts)
-        rounds = Rounds(folders.work.below("rounds"))
-        number, state = rounds.begin(lambda: task.begin(seed_for(self.seed, name)))
-        while not task.done(state):
-            inner = rounds.folders(number)
+        units = part_units(source.shards, parts)
+
+        def go(number: int, inner: StepFolders) -> None:
             work = PartWork(inner, task, source.lean(), column, threads)
 
-            def do(missing: Iterator[Unit], work: PartWork = work) -> Iterator[Record]:
+            def do(missing: Iterator[Unit]) -> Iterator[Record]:
                 return self.executor.run(work, missing, self._resources(name))
 
             self._execute(f"{name} {number + 1}", inner, units, len(units), do)
-            state = task.join(state, read_parts(inner, units), threads)
-            number += 1
-            rounds.write(number, state)
+
+        rounds = Rounds(folders.work.below("rounds"))
+        state = rounds.finish(task, units, seed_for(self.seed, name), threads, go)
         result = [PartUnit(0, name, ())]
         publish = ResultWork(folders, task, state)
         records = self._execute(name, folders, result, 1, partial(attempts, publish))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import math
@@ -21,6 +20,7 @@ from pipeline.device import default_device
 from pipeline.digest import seed_for
 from pipeline.errors import RunError
 from pipeline.orchestration.group import ALONE, Group
+from pipeline.storage.atomic import with_digest, without_digest
 from pipeline.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -99,21 +99,18 @@ class Checkpoint:
         """The state last written; ``None`` where there is none, or not the bytes that were."""
         if self.store.info(self._file) is None:
             return None
-        data = self.store.read(self._file)
-        if hashlib.sha256(data[32:]).digest() != data[:32]:
+        data = without_digest(self.store.read(self._file))
+        if data is None:
             log.warning("%s: the checkpoint is damaged, training begins anew", self.name)
             return None
-        found: dict[str, Any] = torch.load(
-            io.BytesIO(data[32:]), map_location="cpu", weights_only=True
-        )
+        found: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return found
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Put ``state`` in place of the last one."""
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
-        data = buffer.getvalue()
-        self.store.replace(self._file, hashlib.sha256(data).digest() + data)
+        self.store.replace(self._file, with_digest(buffer.getvalue()))
 
     def delete(self) -> None:
         self.store.delete(self._file)

@@ -96,6 +96,16 @@ def unseal(data: bytes) -> dict[str, Any]:
     return record
 
 
+def with_digest(data: bytes) -> bytes:
+    """Bytes behind their SHA-256 (32 bytes)."""
+    return hashlib.sha256(data).digest() + data
+
+
+def without_digest(data: bytes) -> bytes | None:
+    """The bytes that :func:`with_digest` was given; ``None`` where they are not those."""
+    return data[32:] if hashlib.sha256(data[32:]).digest() == data[:32] else None
+
+
 @contextmanager
 def exclusive(store: Store) -> Iterator[None]:
     """Hold a local folder for this process; the kernel lets go of it when the process dies.

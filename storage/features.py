@@ -229,10 +229,19 @@ class FeatureArrays(Sequence[npt.NDArray[Any]]):
     def __getitem__(self, number: int | slice) -> Any:
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
-        table = self.source.read(self.source.shards[number])
-        if self.column not in table.column_names:
-            raise _no_column(self.column, table.column_names, str(number))
-        return to_numpy(table[self.column])
+        return read_column(self.source, self.source.shards[number], self.column)
+
+
+def read_column(source: Source, shard: Shard, column: str) -> npt.NDArray[Any]:
+    """A column of one shard as an array (n, ...).
+
+    Raises:
+        UsageError: there is no such column.
+    """
+    table = source.read(shard)
+    if column not in table.column_names:
+        raise _no_column(column, table.column_names, shard.name)
+    return to_numpy(table[column])
 
 
 def _no_column(column: str, names: Sequence[str], where: str) -> PipelineError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -27,7 +28,8 @@ if DEVICE == "cpu" and "TRITON_INTERPRET" not in os.environ:
     if "triton" in sys.modules:
         pytest.skip("triton is imported already", allow_module_level=True)
     os.environ["TRITON_INTERPRET"] = "1"
-cuda = pytest.importorskip("pipeline.clustering.cuda")
+kernels = pytest.importorskip("pipeline.clustering.triton_kernels")
+cuda = importlib.import_module("pipeline.clustering.cuda")
 
 CHECKS = [getattr(clusterers, name) for name in dir(clusterers) if name.startswith("check_")]
 CHECKS.remove(clusterers.check_clusterer)
@@ -86,7 +88,7 @@ def test_labels_and_distances_are_those_of_float64(shape: tuple[int, int, int]) 
     assert np.allclose(rows.near.cpu(), expected.min(1), rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("precision", cuda.PRECISIONS)
+@pytest.mark.parametrize("precision", kernels.PRECISIONS)
 def test_each_precision_finds_a_centroid_hardly_further_than_the_nearest(precision: str) -> None:
     x, centroids = samples(200, 40), samples(17, 40, seed=1)
     rows = rows_of(x, precision=precision)
@@ -146,10 +148,10 @@ def test_sums_are_those_of_float64(shape: tuple[int, int, int]) -> None:
     expected = np.zeros((clusters, columns))
     np.add.at(expected, labels, x.astype(np.float64) * weights[:, None].astype(np.float64))
     given = to_device(x), to_device(weights), torch.from_numpy(labels).to(DEVICE), clusters
-    sums, weight = cuda.sum_rows(*given)
+    sums, weight = kernels.sum_rows(*given)
     assert np.allclose(sums.cpu(), expected, rtol=1e-12, atol=1e-12)
     assert np.allclose(weight.cpu(), np.bincount(labels, weights, clusters), rtol=1e-12)
-    again, weight_again = cuda.sum_rows(*given)
+    again, weight_again = kernels.sum_rows(*given)
     assert torch.equal(sums, again)
     assert torch.equal(weight, weight_again)
 
@@ -160,7 +162,7 @@ def test_pieces_hold_each_row_once(size: int) -> None:
     labels = torch.zeros(count, dtype=torch.int32, device=DEVICE)
     labels[[0, 7, count - 1]] = 1
     x = (torch.arange(count, device=DEVICE)[:, None] % 4096).float()
-    sums, weight = cuda.sum_rows(x, torch.ones(count, device=DEVICE), labels, 2)
+    sums, weight = kernels.sum_rows(x, torch.ones(count, device=DEVICE), labels, 2)
     assert weight.tolist() == [size, 3]
     assert sums[1].item() == 7 + count - 1
     assert sums.sum().item() == count * (count - 1) // 2
@@ -168,10 +170,10 @@ def test_pieces_hold_each_row_once(size: int) -> None:
 
 @pytest.mark.parametrize("clusters", [4, 5, 6])
 def test_keys_of_sixteen_bits_and_more(clusters: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_SHORT", 5)
+    monkeypatch.setattr(kernels, "_SHORT", 5)
     x = torch.tensor([[1.0], [2.0], [4.0], [8.0]], device=DEVICE)
     labels = torch.tensor([3, 0, 3, 1], dtype=torch.int32, device=DEVICE)
-    sums, weight = cuda.sum_rows(x, torch.ones(4, device=DEVICE), labels, clusters)
+    sums, weight = kernels.sum_rows(x, torch.ones(4, device=DEVICE), labels, clusters)
     assert sums[:, 0].tolist() == [2.0, 8.0, 0.0, 5.0, 0.0, 0.0][:clusters]
     assert weight.tolist() == [1.0, 1.0, 0.0, 2.0, 0.0, 0.0][:clusters]
 
@@ -385,7 +387,7 @@ else:
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pipeline.clustering import cuda
+from pipeline.clustering import triton_kernels as kernels
 
 floats = ("x", "centre", "centroids", "half", "near", "weights")
 doubles = ("parts", "part_weights", "sums", "sum_weights")
@@ -401,12 +403,12 @@ def build(kernel, values):
     assert made.asm["cubin"]
 
 blocks = {"block_n": 64, "block_d": 32}
-for precision in cuda.PRECISIONS:
+for precision in kernels.PRECISIONS:
     search = {"width": 64, "block_k": 64, "precision": precision, "native": True}
-    build(cuda._nearest, blocks | search)
-build(cuda._measure, blocks)
-build(cuda._add_rows, blocks | {"piece": cuda.PIECE})
-build(cuda._add_parts, blocks)
+    build(kernels._nearest, blocks | search)
+build(kernels._measure, blocks)
+build(kernels._add_rows, blocks | {"piece": kernels.PIECE})
+build(kernels._add_parts, blocks)
 """
 
 

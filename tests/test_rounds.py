@@ -219,7 +219,7 @@ def test_what_cannot_be_clustered_is_refused(tmp_path, source, task, says):
 def test_parts_are_all_shards_in_order():
     shards = [Shard(str(i), str(i)) for i in range(7)]
     for parts in (1, 2, 3, 7, 50):
-        units = part_units(shards, 7, parts)
+        units = part_units(shards, parts)
         assert [s for unit in units for s in unit.shards] == shards
         assert [unit.index for unit in units] == list(range(min(parts, 7)))
 
