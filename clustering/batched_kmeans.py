@@ -121,10 +121,11 @@ class BatchedKMeans(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         random = check_random_state(self.random_state)
         self.random_states_ = random.randint(2**31, size=problems, dtype=np.int64)
         with Threads(1) as one, Threads(self.n_jobs) as threads:
-            whole = Rows(x, weights, find_directions(x, int(clusters.mean())), one)
+            directions = find_directions(x, int(clusters.mean()))
 
             def fit(p: int) -> tuple[Result, npt.NDArray[np.int32]]:
-                rows = whole.part(slice(edges[p], edges[p + 1]))
+                part = slice(edges[p], edges[p + 1])
+                rows = Rows(x[part], weights[part], directions, one)
                 init = self.init if named else centroids[first[p] : first[p + 1]]
                 state = int(self.random_states_[p])
                 return fit_rows(self, rows, int(clusters[p]), state, init)

@@ -50,7 +50,7 @@ class Rows:
         leading: Leading | None = None,
     ) -> None:
         self.x, self.weights, self.directions, self.threads = x, weights, directions, threads
-        self.leading = leading or Leading.of(x, directions)
+        self.leading = leading or Leading.of(x, directions, threads)
         self.labels = np.full(len(x), -1, np.int32)
         self.near = np.zeros(len(x), np.float32)
         # What distances are at most, for rows that are not read, and what centroids moved since.
@@ -88,7 +88,8 @@ class Rows:
                 lo,
                 hi,
                 (table.rows, table.panels, table.half, table.reach, table.blur),
-                self._drift,
+                self._drift[first:],
+                not (new or first),
                 first,
                 self.labels,
                 self.near,

@@ -52,6 +52,14 @@ class Directions:
         """The basis in float64."""
         return self.basis.astype(np.float64)
 
+    @cached_property
+    def panels(self) -> Floats:
+        """The basis as the innermost loop reads it: float32 (P, D, LANES)."""
+        columns, depth = self.basis.shape
+        made = np.zeros((-(-depth // (LANES * PANELS)) * PANELS, LANES, columns), np.float32)
+        made.reshape(-1, columns)[:depth] = self.basis.T
+        return np.ascontiguousarray(made.transpose(0, 2, 1))
+
 
 @dataclass(frozen=True)
 class Leading:
@@ -72,29 +80,16 @@ class Leading:
         return Leading(self.head[rows], self.square[rows], self.error[rows])
 
     @classmethod
-    def of(cls, x: Floats, directions: Directions | None) -> Leading:
+    def of(cls, x: Floats, directions: Directions | None, threads: Threads) -> Leading:
         """Of float32 rows (N, D)."""
         if directions is None:
             return cls(x, np.einsum("ij,ij->i", x, x), np.zeros(len(x), np.float32))
-        depth = directions.basis.shape[1]
-        head = np.empty((len(x), depth + 1), np.float32)
+        head = np.empty((len(x), directions.basis.shape[1] + 1), np.float32)
         square, error = np.empty((2, len(x)), np.float32)
-        for start in range(0, len(x), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            centred = x[block] - directions.mean
-            inside = centred @ directions.basis
-            total = np.einsum("ij,ij->i", centred, centred).astype(np.float64)
-            tail = total - np.einsum("ij,ij->i", inside, inside)
-            # A sum of D products in float32 is off by a multiple of sqrt(D) of its unit, unless one
-            # in very many; of a short tail that is much.
-            part = 4.0 * math.sqrt(x.shape[1]) * _EPS
-            blur = 2.0 * part * total
-            root = np.sqrt(np.maximum(tail, 0.0))
-            over, under = np.sqrt(np.maximum(tail, 0.0) + blur), np.sqrt(np.maximum(tail - blur, 0))
-            head[block, :depth] = inside
-            head[block, depth] = root
-            square[block] = np.einsum("ij,ij->i", inside, inside) + root * root
-            error[block] = part * np.sqrt(total) + np.maximum(over - root, root - under)
+        mean, panels = directions.mean[None], directions.panels
+        threads.split(
+            lambda lo, hi: kernels.lead(x, mean, panels, lo, hi, head, square, error), len(x), 256
+        )
         return cls(head, square, error)
 
 
@@ -130,7 +125,8 @@ class Panels:
                 if directions:
                     centred -= directions.mean
                     inside = centred @ directions.exact
-                kernels.lay_out(centred, inside, start, panels, half)
+                numbers = np.arange(start, block.stop)
+                kernels.lay_out(centred, inside, numbers, panels, half)
 
         threads.split(lay_out, count, 256)
         reach = math.sqrt(2.0 * float(half.ravel()[:count].max())) * (1.0 + 4.0 * _EPS)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.clustering.compiled import compiled
-from pipeline.clustering.tile import LANES, PANELS, ROWS, best, distance, lowest_bit, mark
+from pipeline.clustering.tile import LANES, PANELS, ROWS, best, distance, lowest_bit, mark, products
 
 _EPS = 2.0**-24
 """Half a unit in the last place of float32, relative."""
@@ -48,6 +48,50 @@ def bound_of(radius: float, square: float, depth: int, reach: float) -> float:
     bound = 0.5 * (radius * radius - square) + rounding
     # What is stored is rounded once more.
     return bound + (abs(bound) + square) * 2.0 * _EPS
+
+
+@compiled
+def lead(
+    x: Any, mean: Any, basis: Any, lo: int, hi: int, head: Any, square: Any, error: Any
+) -> None:
+    """Write the leading coordinates of rows lo to hi, and the length of what these leave out.
+
+    Args:
+        x: float32 (N, D).
+        mean: float32 (1, D).
+        basis: float32 (P, D, LANES), see :mod:`pipeline.clustering.tile`.
+        lo: first row to do.
+        hi: the row after the last.
+        head: float32 (N, depth), written.
+        square: float32 (N,), squared norms of ``head``, written.
+        error: float32 (N,), how far coordinates may be from the true ones, written.
+    """
+    columns, depth = x.shape[1], head.shape[1] - 1
+    rows = np.zeros((ROWS, columns), np.float32)
+    made = np.empty((ROWS, basis.shape[0] * LANES), np.float32)
+    # A sum of D products in float32 is off by a multiple of sqrt(D) of its unit, unless one in very
+    # many; of a short tail that is much.
+    part = 4.0 * math.sqrt(columns) * _EPS
+    for start in range(lo, hi, ROWS):
+        count = min(ROWS, hi - start)
+        for r in range(count):
+            row = x[start + r]
+            for c in range(columns):
+                rows[r, c] = row[c] - mean[0, c]
+        for panel in range(0, basis.shape[0], PANELS):
+            products(rows, basis, panel, made)
+        for r in range(count):
+            i = start + r
+            total, inside = np.float64(distance(x, i, mean, 0)), 0.0
+            for k in range(depth):
+                head[i, k] = made[r, k]
+                inside += np.float64(made[r, k]) * np.float64(made[r, k])
+            tail, blur = max(total - inside, 0.0), 2.0 * part * total
+            root = math.sqrt(tail)
+            over, under = math.sqrt(tail + blur), math.sqrt(max(total - inside - blur, 0.0))
+            head[i, depth] = root
+            square[i] = inside + root * root
+            error[i] = part * math.sqrt(total) + max(over - root, root - under)
 
 
 @compiled
@@ -95,6 +139,7 @@ def assign(
     hi: int,
     table: Any,
     drift: Any,
+    settled: bool,
     first: int,
     labels: Any,
     near: Any,
@@ -103,7 +148,8 @@ def assign(
     """Label rows with their nearest centroid, the first of several at equal distance.
 
     A row's distance from its own centroid is no more than it was, and what that one moved. Where no
-    other can be as near as that, the row itself is not read, and ``near`` stays what it was.
+    other can be as near as that, the row itself is not read, and ``near`` stays what it was. A row
+    whose centroid did not move is compared with those that did.
 
     With ``first``, the centroids come to others before them, whose nearest is known.
 
@@ -116,7 +162,9 @@ def assign(
         table: centroids float32 (K, D); their leading coordinates as panels, float32
             (P, depth, LANES), and half, float32 (P, LANES); the largest norm of these; how far they
             may be from the true ones.
-        drift: float64 (K,), how far each centroid moved since ``far`` was written.
+        drift: float64 (K,), how far each centroid moved since ``far`` was written; of no centroid
+            with ``first``.
+        settled: labels were those of the nearest then.
         first: number of the first centroid.
         labels: int32 (N,): any centroid, the nearer the better; written.
         near: float32 (N,): squared distance of rows that were read; written.
@@ -128,17 +176,18 @@ def assign(
     head, square, error = lead
     centroids, panels, half, reach, blur = table
     depth, columns = head.shape[1], x.shape[1]
-    rows = np.zeros((ROWS, depth), np.float32)
-    bound = np.full(ROWS, -np.inf, np.float32)
+    inside, bound = head[lo:hi], np.empty(hi - lo, np.float32)
+    edge = np.zeros((ROWS, depth), np.float32)
+    limit = np.full(ROWS, -np.inf, np.float32)
     words = -(-panels.shape[0] // 4)
     bits = np.zeros((ROWS, words * 4), np.uint16)
     wide = bits.view(np.uint64)
+    asked = _asked(drift, words)
     moved = 0
-    for start in range(lo, hi, ROWS):
-        count = min(ROWS, hi - start)
-        for r in range(count):
-            i = start + r
-            rows[r] = head[i]
+    for start in range(0, hi - lo, ROWS):
+        end = min(start + ROWS, hi - lo)
+        for r in range(start, end):
+            i = lo + r
             own = labels[i] - first
             if first == 0 and drift[own] > _LOOSE * far[i]:
                 near[i] = distance(x, i, centroids, own)
@@ -146,15 +195,35 @@ def assign(
             elif first == 0:
                 far[i] = (far[i] + drift[own]) * (1.0 + 4.0 * _EPS)
             bound[r] = bound_of(far[i] + error[i] + blur, square[i], depth, reach)
-        mark_all(rows, 0, panels, half, bound, bits)
-        for r in range(count):
-            i = start + r
+        if end - start == ROWS:
+            mark_all(inside, start, panels, half, bound, bits)
+        else:
+            edge[: end - start], limit[: end - start] = inside[start:], bound[start:]
+            mark_all(edge, 0, panels, half, limit, bits)
+        for r in range(end - start):
+            i = lo + start + r
             own = labels[i] - first
             if own >= 0:
                 wide[r, own // 64] &= ~(np.uint64(1) << np.uint64(own % 64))
-            if _nearest_marked(x, i, centroids, wide[r], first, columns, labels, near, far):
+            # Infinite: its label is not that of the nearest.
+            rests = int(settled and drift[own] == 0.0 and far[i] < np.inf)
+            found = np.uint64(0)
+            for w in range(words):
+                wide[r, w] &= asked[rests, w]
+                found |= wide[r, w]
+            if found and _nearest_marked(x, i, centroids, wide, r, first, labels, near, far):
                 moved += 1
     return moved
+
+
+@compiled
+def _asked(drift: Any, words: int) -> Any:
+    """Bits of all centroids, and of those that moved: uint64 (2, words)."""
+    asked = np.full((2, words), ~np.uint64(0))
+    asked[1] = 0
+    for j in range(drift.shape[0]):
+        asked[1, j // 64] |= np.uint64(drift[j] > 0.0) << np.uint64(j % 64)
+    return asked
 
 
 @compiled
@@ -162,32 +231,28 @@ def _nearest_marked(
     x: Any,
     i: int,
     centroids: Any,
-    words: Any,
+    bits: Any,
+    r: int,
     first: int,
-    columns: int,
     labels: Any,
     near: Any,
     far: Any,
 ) -> bool:
-    """Compare row i with the centroids whose bits are set; whether its label changed."""
+    """Compare row i with the centroids whose bits r are set; whether its label changed."""
     own = labels[i]
-    label, least = own - first, near[i]
-    read = False
-    for w in range(words.shape[0]):
-        word = words[w]
+    label = own - first
+    least = near[i] if first else distance(x, i, centroids, own)
+    for w in range(bits.shape[1]):
+        word = bits[r, w]
         while word:
-            if not read and first == 0:
-                least = distance(x, i, centroids, own)
-            read = True
             j = np.int32(w * 64 + lowest_bit(word))
             word &= word - np.uint64(1)
             d = distance(x, i, centroids, j)
             if d < least or (d == least and j < label):
                 label, least = j, d
-    if read:
-        near[i] = least
-        far[i] = radius_of(least, columns) * (1.0 + 4.0 * _EPS)
-        labels[i] = first + label
+    near[i] = least
+    far[i] = radius_of(least, x.shape[1]) * (1.0 + 4.0 * _EPS)
+    labels[i] = first + label
     return bool(labels[i] != own)
 
 
@@ -200,19 +265,19 @@ def measure(x: Any, centroids: Any, lo: int, hi: int, labels: Any, near: Any, fa
 
 
 @compiled
-def lay_out(centred: Any, inside: Any, first: int, panels: Any, half: Any) -> None:
+def lay_out(centred: Any, inside: Any, numbers: Any, panels: Any, half: Any) -> None:
     """Write centroids as panels of their leading coordinates.
 
     Args:
         centred: float64 (M, D), from the mean.
         inside: float64 (M, depth - 1), along the directions; of no column where there are none.
-        first: number of the first of them.
+        numbers: int64 (M,), theirs.
         panels: float32 (P, depth, LANES).
         half: float32 (P, LANES).
     """
     depth = inside.shape[1]
     for k in range(centred.shape[0]):
-        p, lane = (first + k) // LANES, (first + k) % LANES
+        p, lane = numbers[k] // LANES, numbers[k] % LANES
         square = np.dot(centred[k], centred[k])
         half[p, lane] = 0.5 * square
         if depth:
@@ -265,6 +330,21 @@ def move_rows(
 
 
 @compiled
+def _square(values: Any) -> float:
+    """The sum of squares of float64 (D,), as four sums of which none waits for another."""
+    a, b, c, d = 0.0, 0.0, 0.0, 0.0
+    whole = values.shape[0] - values.shape[0] % 4
+    for i in range(0, whole, 4):
+        a += values[i] * values[i]
+        b += values[i + 1] * values[i + 1]
+        c += values[i + 2] * values[i + 2]
+        d += values[i + 3] * values[i + 3]
+    for i in range(whole, values.shape[0]):
+        a += values[i] * values[i]
+    return (a + b) + (c + d)
+
+
+@compiled
 def average(
     sums: Any, weight: Any, before: Any, spherical: bool, lo: int, hi: int, after: Any, drift: Any
 ) -> None:
@@ -280,21 +360,23 @@ def average(
         after: float32 (K, D), written.
         drift: float64 (K,), written.
     """
-    columns = sums.shape[1]
+    apart = np.empty(sums.shape[1])
     for k in range(lo, hi):
+        total, old, new = sums[k], before[k], after[k]
         scale = weight[k]
         if spherical:
-            square = 0.0
-            for c in range(columns):
-                square += sums[k, c] * sums[k, c]
+            square = _square(total)
             # Rows that point against one another have a mean that points nowhere.
             scale = math.sqrt(square) if square > 1e-12 * weight[k] * weight[k] else 0.0
-        apart = 0.0
-        for c in range(columns):
-            after[k, c] = sums[k, c] / scale if scale > 0.0 else before[k, c]
-            moved = np.float64(after[k, c]) - np.float64(before[k, c])
-            apart += moved * moved
-        drift[k] = math.sqrt(apart) * (1.0 + 4.0 * _EPS)
+        if scale > 0.0:
+            scale = 1.0 / scale
+            for c in range(total.shape[0]):
+                new[c] = total[c] * scale
+        else:
+            new[:] = old
+        for c in range(total.shape[0]):
+            apart[c] = np.float64(new[c]) - np.float64(old[c])
+        drift[k] = math.sqrt(_square(apart)) * (1.0 + 4.0 * _EPS)
 
 
 @compiled
@@ -384,18 +466,23 @@ def iterate(
     """
     labels, near, far, summed, sums, drift = state
     weight, after = np.empty(centroids.shape[0]), np.empty_like(centroids)
+    laid = False
     while number < limit:
         if not assigned:
-            centred = centroids.astype(np.float64) - mean
-            inside = np.dot(centred, basis)
-            lay_out(centred, inside, 0, panels, half)
+            # Panels of the others are as they were.
+            numbers = np.flatnonzero(drift) if laid else np.arange(centroids.shape[0])
+            laid = True
+            centred = np.empty((numbers.shape[0], mean.shape[0]))
+            for k in range(numbers.shape[0]):
+                centred[k] = centroids[numbers[k]] - mean
+            lay_out(centred, np.dot(centred, basis), numbers, panels, half)
             most = np.float32(0.0)
             for k in range(centroids.shape[0]):
                 most = max(most, half[k // LANES, k % LANES])
             reach = math.sqrt(2.0 * most) * (1.0 + 4.0 * _EPS)
             blur = 2.0 * _EPS * reach if basis.shape[1] else 0.0
             table = (centroids, panels, half, reach, blur)
-            moved = assign(x, lead, 0, x.shape[0], table, drift, 0, labels, near, far)
+            moved = assign(x, lead, 0, x.shape[0], table, drift, True, 0, labels, near, far)
             drift[:] = 0.0
             if number and not moved:
                 return number + 1, 1

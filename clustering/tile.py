@@ -73,13 +73,14 @@ class _Array:
         return self.b.gep(self.data, [offset])
 
 
-def _scores(b: Any, x: _Array, row: Any, panels: _Array, half: _Array, panel: Any) -> Any:
-    """The scores of a tile: a list of vectors for each row."""
+def _scores(b: Any, x: _Array, row: Any, panels: _Array, half: _Array | None, panel: Any) -> Any:
+    """The scores of a tile, or products alone: a list of vectors for each row."""
     depth = x.size(1)
     rows = [x.at(b.mul(b.add(row, _I64(r)), depth)) for r in range(ROWS)]
     numbers = [b.add(panel, _I64(p)) for p in range(PANELS)]
     starts = [panels.at(b.mul(b.mul(n, depth), _I64(LANES))) for n in numbers]
-    halves = [_load(b, half.at(b.mul(n, _I64(LANES)))) for n in numbers]
+    nothing = ir.Constant(_VECTOR, [0.0] * LANES)
+    halves = [_load(b, half.at(b.mul(n, _I64(LANES)))) if half else nothing for n in numbers]
     before = b.block
     body, after = b.append_basic_block("products"), b.append_basic_block("scores")
     b.branch(body)
@@ -170,6 +171,30 @@ def best(
         return context.get_dummy_value()
 
     return types.void(x, types.int64, panels, half, types.int64, score, number), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def products(_: Any, x: Any, panels: Any, panel: Any, made: Any) -> Any:
+    """``products(x, panels, panel, made)``: of each row with each lane.
+
+    Args:
+        x: float32 (ROWS, depth).
+        panels: float32 (P, depth, LANES).
+        panel: the first of PANELS.
+        made: float32 (ROWS, P * LANES), written.
+    """
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        rows, columns, written = _arrays(context, b, signature.args, args)
+        done = _scores(b, rows, _I64(0), columns, None, args[2])
+        for r in range(ROWS):
+            for p in range(PANELS):
+                lane = b.mul(b.add(args[2], _I64(p)), _I64(LANES))
+                place = b.add(b.mul(_I64(r), written.size(1)), lane)
+                _store(b, done[r][p], written.at(place))
+        return context.get_dummy_value()
+
+    return types.void(x, panels, types.int64, made), build
 
 
 @intrinsic  # type: ignore[untyped-decorator]
