@@ -12,5 +12,8 @@ T = TypeVar("T")
 
 
 def compiled(function: Callable[P, T]) -> Callable[P, T]:
-    """Compile a loop over arrays when it is first called, or find it compiled."""
-    return cast("Callable[P, T]", njit(nogil=True, cache=True)(function))
+    """Compile a loop over arrays when it is first called, or find it compiled.
+
+    It divides as NumPy does: a check for 0 would keep loops from being made vectors.
+    """
+    return cast("Callable[P, T]", njit(nogil=True, cache=True, error_model="numpy")(function))

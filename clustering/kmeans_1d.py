@@ -374,23 +374,16 @@ def _pick(values: Any, lo: int, hi: int, low: float, scale: float, wanted: Any) 
 
 
 @compiled
-def _cost(low: Any, high: Any) -> float:
-    """The sum of squared distances from the mean of what lies between two running sums."""
-    a, b, c = high[0] - low[0], high[1] - low[1], high[2] - low[2]
-    return float(max(c - b * b / a, 0.0))
-
-
-@compiled
 def _best_cuts(sums: Any, clusters: int) -> Any:
     """Edges int64 (K + 1,) between clusters of cells, so that the sum of their costs is least."""
     cells = sums.shape[0] - 1
     clusters = min(clusters, cells)
-    least = np.empty(cells + 1)
-    least[0] = 0.0
+    weight, value, square = sums[:, 0].copy(), sums[:, 1].copy(), sums[:, 2].copy()
+    least = np.zeros(cells + 1)
     for m in range(1, cells + 1):
-        least[m] = _cost(sums[0], sums[m])
+        least[m] = max(square[m] - value[m] * value[m] / weight[m], 0.0)
     choice = np.zeros((clusters, cells + 1), np.int32)
-    following = np.empty(cells + 1)
+    following, costs = np.empty(cells + 1), np.empty(cells + 1)
     # Ranges of ends still to do, and of begins where their best may lie: best begins never fall.
     todo = np.empty((64, 4), np.int64)
     for k in range(1, clusters):
@@ -401,12 +394,15 @@ def _best_cuts(sums: Any, clusters: int) -> Any:
             size -= 1
             lo, hi, first, last = todo[size]
             m = (lo + hi) // 2
-            best, at = np.inf, first
-            for begin in range(first, min(last, m - 1) + 1):
-                cost = least[begin] + _cost(sums[begin], sums[m])
-                if cost < best:
-                    best, at = cost, begin
-            following[m], choice[k, m] = best, at
+            end, at = min(last + 1, m), first
+            for begin in range(first, end):
+                inside = value[m] - value[begin]
+                apart = square[m] - square[begin] - inside * inside / (weight[m] - weight[begin])
+                costs[begin] = least[begin] + max(apart, 0.0)
+            for begin in range(first, end):
+                if costs[begin] < costs[at]:
+                    at = begin
+            following[m], choice[k, m] = costs[at], at
             if lo < m:
                 todo[size] = (lo, m - 1, first, at)
                 size += 1
