@@ -261,7 +261,17 @@ def _missing(backend: str, package: str, command: str, error: ImportError) -> Us
 
 
 def to_device(array: npt.NDArray[Any]) -> torch.Tensor:
-    """An array of the host where the kernels run."""
+    """An array of the host where the kernels run.
+
+    Raises:
+        UsageError: there is no GPU that PyTorch can use.
+    """
+    if NATIVE and not torch.cuda.is_available():
+        raise UsageError(
+            "There is no GPU here that this PyTorch can use.",
+            hint="Take backend='cpu', or backend='auto', which looks first.",
+            code="no-gpu",
+        )
     held = torch.from_numpy(array if array.flags.writeable else array.copy())
     return held.to("cuda" if NATIVE else "cpu")
 

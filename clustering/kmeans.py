@@ -188,7 +188,7 @@ def choose(backend: str, rows: int, columns: int, clusters: int) -> str:
     """The back end that is meant: ``"auto"`` is a GPU for work that is worth the way there.
 
     Raises:
-        InputError: there is no such back end.
+        InputError: there is no such back end, or its compiler is not installed.
     """
     if backend not in BACKENDS:
         raise InputError(
@@ -196,9 +196,16 @@ def choose(backend: str, rows: int, columns: int, clusters: int) -> str:
             hint=f"It is one of {', '.join(BACKENDS)}.",
             code="unknown-backend",
         )
+    compiler = find_spec("triton")
+    if backend not in ("auto", "cpu") and compiler is None:
+        raise InputError(
+            f"The back end {backend!r} needs the package triton, which is not installed.",
+            hint="Take backend='cpu', or install PyTorch for CUDA, which brings it.",
+            code="no-triton",
+        )
     if backend != "auto":
         return backend
-    if rows * columns * clusters < _MUCH or find_spec("triton") is None:
+    if rows * columns * clusters < _MUCH or compiler is None:
         return "cpu"
     import torch
 

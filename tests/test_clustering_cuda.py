@@ -375,14 +375,21 @@ def test_what_is_refused() -> None:
 NATIVE = """
 import torch
 from pipeline.clustering.cuda import CudaRows
+from pipeline.clustering.kmeans import KMeans
 from pipeline.errors import UsageError
-from pipeline.testing import clusterers
 try:
     CudaRows(torch.zeros(4, 2), torch.ones(4))
 except UsageError as error:
     assert error.code == "no-gpu"
 else:
     raise AssertionError
+if not torch.cuda.is_available():
+    try:
+        KMeans(2, backend="triton").fit(torch.zeros(4, 2).numpy())
+    except UsageError as error:
+        assert error.code == "no-gpu"
+    else:
+        raise AssertionError
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -420,6 +427,14 @@ def test_kernels_compile_for_a_gpu_that_need_not_be_there() -> None:
         [sys.executable, "-c", NATIVE], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_back_end_without_its_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.clustering.kmeans.find_spec", lambda _: None)
+    with pytest.raises(UsageError) as caught:
+        KMeans(2, backend="triton").fit(np.zeros((4, 2), np.float32))
+    assert caught.value.code == "no-triton"
+    assert KMeans(2).fit(np.eye(2).repeat(2, 0)).inertia_ == 0.0
 
 
 def test_estimators_do_without_triton() -> None:
