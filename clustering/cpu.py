@@ -157,9 +157,8 @@ class Rows:
 
         For one thread, which so never waits for the others of the interpreter.
         """
-        if not len(self._drift):
+        if not assigned:
             self.assign(centroids)
-            assigned = True
         count, columns = centroids.shape
         lead, directions = self.leading, self.directions
         panels, half = empty_panels(count, columns, directions)
@@ -167,11 +166,8 @@ class Rows:
         basis = directions.exact if directions else np.zeros((columns, 0))
         self._begin_sums(count)
         made, done, ended = centroids.copy(), 0, 0
-        # What is labelled already may still have empty clusters.
-        filled = not assigned
-        while True:
-            if not filled:
-                self._refill(made)
+        while not ended:
+            self._refill(made)
             done, ended = kernels.iterate(
                 self.x,
                 (lead.head, lead.square, lead.error),
@@ -184,13 +180,9 @@ class Rows:
                 done,
                 max_iter,
                 tol,
-                assigned,
                 made,
                 (self.labels, self.near, self._far, self._summed, self._sums, self._drift),
             )
-            if ended:
-                break
-            assigned, filled = True, False
         if ended == 2:
             self.assign(made)
         return Result(made, self.inertia(made), done)

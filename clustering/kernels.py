@@ -437,7 +437,6 @@ def iterate(
     number: int,
     limit: int,
     tol: float,
-    assigned: bool,
     centroids: Any,
     state: Any,
 ) -> Any:
@@ -455,8 +454,7 @@ def iterate(
         number: iterations done.
         limit: the most of them.
         tol: end where squared distances that centroids moved come to no more.
-        assigned: rows are labelled with these centroids, and empty clusters are filled.
-        centroids: float32 (K, D), changed.
+        centroids: float32 (K, D), that rows are labelled with, empty clusters refilled; changed.
         state: labels, ``near`` and ``far`` as for :func:`assign`; clusters whose sums hold rows,
             int32 (N,); sums, float64 (K, D); drift, float64 (K,); changed.
 
@@ -466,7 +464,7 @@ def iterate(
     """
     labels, near, far, summed, sums, drift = state
     weight, after = np.empty(centroids.shape[0]), np.empty_like(centroids)
-    laid = False
+    assigned, laid = True, False
     while number < limit:
         if not assigned:
             # Panels of the others are as they were.
