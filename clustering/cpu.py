@@ -69,7 +69,8 @@ class Rows:
         """Label each row with its nearest centroid; how many labels changed.
 
         Args:
-            centroids: float32 (K, D).
+            centroids: float32 (K, D): any at first and after :meth:`forget`; then those that
+                :meth:`means` gave last.
             first: number of the first, where these come to others that rows are labelled with.
         """
         table, lead = Panels.of(centroids, self.directions, self.threads), self.leading

@@ -88,7 +88,9 @@ class Leading:
         square, error = np.empty((2, len(x)), np.float32)
         mean, panels = directions.mean[None], directions.panels
         threads.split(
-            lambda lo, hi: kernels.lead(x, mean, panels, lo, hi, head, square, error), len(x), 256
+            lambda lo, hi: kernels.project(x, mean, panels, lo, hi, head, square, error),
+            len(x),
+            256,
         )
         return cls(head, square, error)
 

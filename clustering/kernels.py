@@ -19,7 +19,6 @@ from pipeline.clustering.tile import LANES, PANELS, ROWS, best, distance, lowest
 _EPS = 2.0**-24
 """Half a unit in the last place of float32, relative."""
 
-
 _LOOSE = 0.01
 """A row is read again where its centroid moved more than this share of its distance: a wider reach
 would bring in more of the others."""
@@ -51,7 +50,7 @@ def bound_of(radius: float, square: float, depth: int, reach: float) -> float:
 
 
 @compiled
-def lead(
+def project(
     x: Any, mean: Any, basis: Any, lo: int, hi: int, head: Any, square: Any, error: Any
 ) -> None:
     """Write the leading coordinates of rows lo to hi, and the length of what these leave out.
@@ -69,9 +68,10 @@ def lead(
     columns, depth = x.shape[1], head.shape[1] - 1
     rows = np.zeros((ROWS, columns), np.float32)
     made = np.empty((ROWS, basis.shape[0] * LANES), np.float32)
-    # A sum of D products in float32 is off by a multiple of sqrt(D) of its unit, unless one in very
-    # many; of a short tail that is much.
-    part = 4.0 * math.sqrt(columns) * _EPS
+    # A sum of D products in float32 is off by up to D units: by that much where they are alike, as
+    # in a flat picture, and not by the square root that chance would leave. Of a short tail it is
+    # much.
+    part = (columns + 16.0) * _EPS
     for start in range(lo, hi, ROWS):
         count = min(ROWS, hi - start)
         for r in range(count):

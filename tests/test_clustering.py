@@ -157,6 +157,26 @@ def test_nearest_is_nearest(rows, columns, clusters, scale, offset, directed, se
     np.testing.assert_array_equal(made.labels, again.labels)
 
 
+@pytest.mark.parametrize("rest", [0.0, 1e-3, 1.0])
+def test_leading_coordinates_are_off_by_no_more_than_is_said(rest):
+    """Where products are all alike, as in flat pictures, what rounding does adds up."""
+    rng = np.random.default_rng(0)
+    flat, columns = 3000, 3072
+    x = np.full((500, columns), rng.normal(size=(500, 1)), np.float32)
+    x[:, flat:] = rest * rng.normal(size=(500, columns - flat))
+    basis = np.zeros((columns, 3), np.float32)
+    basis[:flat, 0] = (1 - 1e-6) / np.sqrt(flat)
+    with Threads(1) as threads:
+        mean = np.zeros(columns, np.float32)
+        made = directions.Leading.of(x, directions.Directions(mean, basis), threads)
+    wide = x.astype(np.float64)
+    inside = wide @ basis
+    tail = np.sqrt((wide**2).sum(1) - (inside**2).sum(1))
+    off = np.linalg.norm(made.head - np.column_stack([inside, tail]), axis=1)
+    assert (off <= made.error).all()
+    np.testing.assert_allclose(made.square, (made.head.astype(np.float64) ** 2).sum(1), rtol=1e-6)
+
+
 def test_of_equal_distances_the_first_centroid():
     centroids = np.array([[9.0, 9.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]], np.float32)
     labels, near = nearest(np.zeros((50, 2), np.float32), centroids)
