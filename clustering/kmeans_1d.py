@@ -42,12 +42,13 @@ class KMeans1D(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[m
     Args:
         n_clusters: K.
         max_iter: the most of Lloyd's iterations.
+        compute_labels: find the cluster of each value at the end.
         n_jobs: threads; as many as there are cores where not given.
 
     Attributes:
         cluster_centers_: float64 (K, 1), ascending.
         borders_: float64 (K - 1,); a value on a border belongs to the cluster below.
-        labels_: int32 (N,), ascending with the values.
+        labels_: int32 (N,), ascending with the values; where ``compute_labels``.
         inertia_: the weighted sum of squared distances.
         n_iter_: Lloyd's iterations done.
 
@@ -63,10 +64,12 @@ class KMeans1D(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[m
         n_clusters: int = 8,
         *,
         max_iter: int = 300,
+        compute_labels: bool = True,
         n_jobs: int | None = None,
     ) -> None:
         self.n_clusters = n_clusters
         self.max_iter = max_iter
+        self.compute_labels = compute_labels
         self.n_jobs = n_jobs
 
     def fit(self, X: npt.ArrayLike, y: None = None, sample_weight: Any = None) -> Self:  # noqa: N803
@@ -102,7 +105,8 @@ class KMeans1D(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[m
         self.cluster_centers_ = centers[:, None]
         self.borders_ = (centers[1:] + centers[:-1]) / 2
         self.n_features_in_ = 1
-        self.labels_ = self._label(values)
+        if self.compute_labels:
+            self.labels_ = self._label(values)
         return self
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[np.int32]:  # noqa: N803

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, build, merge
-from pipeline.datasets import Dataset, find_dataset
+from pipeline.datasets import Dataset, find_dataset, with_selection
 from pipeline.digest import dumps
 from pipeline.errors import UsageError
 from pipeline.orchestration.executor import Resources, executors
@@ -40,6 +40,7 @@ class Job:
         recipe: name of a recipe, such as ``distill``.
         dataset: name of a data set, or a path.
         data: where named data sets lie.
+        selection: output of a run of ``prune``: only the training samples that it kept are used.
         out: output folder, or its URL; ``runs/<recipe>-<dataset>`` where not given.
         config: values that differ from the recipe's defaults, nested by section.
         executor: ``local`` (this process) or ``ray``.
@@ -57,6 +58,7 @@ class Job:
     recipe: str
     dataset: str
     data: str | Path | None = None
+    selection: str | Path | None = None
     out: str | Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     executor: str = "local"
@@ -99,7 +101,8 @@ class Job:
         """The job as plain JSON types, with places as a later process finds them."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["dataset"] = self.dataset if dataset.info else _absolute(self.dataset)
-        values["data"] = None if self.data is None else _absolute(str(self.data))
+        for place in ("data", "selection"):
+            values[place] = None if values[place] is None else _absolute(str(values[place]))
         del values["out"]
         return values
 
@@ -191,6 +194,8 @@ def _told(resources: Resources) -> dict[str, Any]:
 def _prepared(job: Job) -> tuple[Dataset, Any, Config]:
     job.check()
     found = find_dataset(job.dataset, job.data)
+    if job.selection is not None:
+        found = with_selection(found, job.selection)
     return found, recipes.get(job.recipe), _configure(job.recipe, found, job.config)
 
 

@@ -20,23 +20,17 @@ FLAGS = {
     "encode": "encode",
     "quality": "quality",
     "shorter": "shorter",
+    "score": "score",
+    "keep": "keep",
+    "selector": "selector",
+    "dedup": "dedup",
+    "backbone": "proxy.backbone",
+    "weights": "proxy.weights",
+    "materialize": "materialize",
 }
 """Options that are short for a ``--set``, by the setting they stand for."""
 
 
-OF_A_JOB = (
-    "recipe",
-    "dataset",
-    "data",
-    "out",
-    "executor",
-    "address",
-    "workers",
-    "threads",
-    "checkpoint_minutes",
-    "seed",
-    "max_bad",
-)
 NOTHING_TO_DO = 3
 """Exit code of a plan of a run that is finished."""
 
@@ -106,7 +100,8 @@ def _job(arguments: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any
     from pipeline.config import parse_assignments
 
     names = (
-        "recipe dataset data out executor address workers threads checkpoint_minutes seed max_bad"
+        "recipe dataset data selection out executor address workers threads checkpoint_minutes "
+        "seed max_bad"
     )
     given = {name: getattr(arguments, name) for name in names.split()}
     return {**given, "config": values, "resources": parse_assignments(arguments.resources)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ from pydantic import Field
 
 from pipeline.config import Config, build, read_yaml
 from pipeline.errors import UsageError
+from pipeline.storage.artifact import Artifact
 from pipeline.storage.digits import open_digits
 from pipeline.storage.open_source import FORMS, open_source
+from pipeline.storage.selected import SelectedSource
 from pipeline.storage.source import Source
+from pipeline.storage.store import open_store
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 OWN = "datasets.yaml"
@@ -169,6 +172,29 @@ def find_dataset(name: str, data: str | Path | None) -> Dataset:
             code="unknown-dataset",
         )
     return _open(_stem(name), name, None)
+
+
+def with_selection(dataset: Dataset, selection: str | Path) -> Dataset:
+    """The data set with the selected training samples alone; its test split stays whole.
+
+    Args:
+        dataset: what was pruned, or any copy of it: samples are found by key.
+        selection: the output of ``pipeline run prune``, or its folder ``selection-...``.
+
+    Raises:
+        UsageError: there is no selection.
+    """
+    artifact = Artifact.open(open_store(selection))
+    if "selection" in artifact.products:
+        artifact = artifact.product("selection")
+    if artifact.manifest.get("step") != "selection":
+        raise UsageError(
+            "This output holds no selection.",
+            hint="Give the output of 'pipeline run prune'.",
+            code="no-selection",
+            where=str(selection),
+        )
+    return replace(dataset, train=SelectedSource(dataset.train, artifact))
 
 
 def _stem(place: str) -> str:

@@ -10,7 +10,10 @@ from typing import Any
 
 from pipeline import __version__
 
-RECIPES = {"distill": "a few synthetic images a class with soft labels (CDA)"}
+RECIPES = {
+    "distill": "a few synthetic images a class with soft labels (CDA)",
+    "prune": "the samples that are worth keeping: scores, duplicates, a selection",
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -25,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     named = run.add_subparsers(title="recipes", metavar="RECIPE", required=True)
     for name, summary in RECIPES.items():
         recipe = named.add_parser(name, help=summary, description=summary)
-        _distill_options(recipe)
+        OWN_OPTIONS[name](recipe)
         _recipe_options(recipe, name, "run")
     summary = "write a data set in another format"
     convert = verbs.add_parser("convert", help=summary, description=summary)
@@ -35,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     planned = plan.add_subparsers(title="recipes", metavar="RECIPE", required=True)
     for name, about in {**RECIPES, "convert": summary}.items():
         recipe = planned.add_parser(name, help=about, description=f"Plan: {about}")
-        _convert_options(recipe) if name == "convert" else _distill_options(recipe)
+        OWN_OPTIONS[name](recipe)
         _recipe_options(recipe, name, "plan")
     _output_commands(verbs)
     _schedule_commands(verbs)
@@ -55,6 +58,43 @@ def _distill_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="PATH", help="output folder, or its URL")
 
 
+def _prune_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
+    settings = parser.add_argument_group("recipe")
+    settings.add_argument(
+        "--score",
+        metavar="NAME",
+        help="how hard a sample is: el2n (default where there are labels), grand, forgetting, aum, "
+        "tdds, margin, entropy, least-confidence, prototypes (default where there are none), "
+        "supervised-prototypes or moderate",
+    )
+    settings.add_argument(
+        "--keep",
+        metavar="N",
+        help="a share (0.7, 70%%), a count, or bytes (2GB); 'auto' is --selector auto",
+    )
+    settings.add_argument(
+        "--selector",
+        metavar="NAME",
+        help="auto (default: hard or easy, as two pilot runs say), hard, easy, band, ccs, d2, "
+        "herding, k-center or random",
+    )
+    settings.add_argument(
+        "--dedup",
+        action="append",
+        choices=["exact", "near", "semantic"],
+        help="leave out duplicates first; repeatable",
+    )
+    settings.add_argument("--backbone", metavar="NAME", help="the network that scores and embeds")
+    settings.add_argument(
+        "--weights", metavar="FILE", help="its .safetensors or .npz, or 'pretrained'"
+    )
+    settings.add_argument(
+        "--materialize", metavar="FORMAT", help="also write what is kept: webdataset, parquet, ..."
+    )
+    parser.add_argument("--out", metavar="PATH", help="output folder, or its URL")
+
+
 def _convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="SRC", help="a known name, a path or a URL")
     parser.add_argument("out", metavar="DST", help="output folder, or its URL")
@@ -68,6 +108,13 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
     settings.add_argument(
         "--shorter", type=int, metavar="PIXELS", help="scale larger images to this shorter side"
     )
+
+
+OWN_OPTIONS = {
+    "distill": _distill_options,
+    "prune": _prune_options,
+    "convert": _convert_options,
+}
 
 
 def _recipe_options(parser: argparse.ArgumentParser, recipe: str, command: str) -> None:
@@ -84,6 +131,9 @@ def _recipe_options(parser: argparse.ArgumentParser, recipe: str, command: str) 
         "--print-config", action="store_true", help="print every setting as YAML and stop"
     )
     _data_option(parser)
+    parser.add_argument(
+        "--selection", metavar="RUN", help="use only the samples that a run of 'prune' kept"
+    )
     _json_option(parser)
     how = parser.add_argument_group("execution")
     how.add_argument("--executor", choices=["local", "ray"], default="local")

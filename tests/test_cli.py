@@ -33,6 +33,7 @@ RUN_OPTIONS = {
     "--config": "config",
     "--print-config": "print_config",
     "--data": "data",
+    "--selection": "selection",
     "--json": "json",
     "--executor": "executor",
     "--address": "address",
@@ -50,6 +51,17 @@ DISTILL = {
     "--ipc": "ipc",
     "--teacher-weights": "teacher_weights",
     "--teacher-backbone": "teacher_backbone",
+}
+PRUNE = {
+    **RUN_OPTIONS,
+    "--out": "out",
+    "--score": "score",
+    "--keep": "keep",
+    "--selector": "selector",
+    "--dedup": "dedup",
+    "--backbone": "backbone",
+    "--weights": "weights",
+    "--materialize": "materialize",
 }
 CONVERT = {
     **RUN_OPTIONS,
@@ -71,9 +83,10 @@ def test_the_command_line_is_frozen():
         "run": {
             "-h/--help": "help",
             "distill": DISTILL,
+            "prune": PRUNE,
         },
         "convert": CONVERT,
-        "plan": {"-h/--help": "help", "distill": DISTILL, "convert": CONVERT},
+        "plan": {"-h/--help": "help", "distill": DISTILL, "prune": PRUNE, "convert": CONVERT},
         "status": {**OUTPUT, "--watch": "watch"},
         "logs": OUTPUT,
         "cancel": OUTPUT,

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "storage": set[str](),
     "clustering": set[str](),
-    "stages": {"storage", "clustering", "dataset_distill", "tokenizers", "codecs"},
+    "stages": {"storage", "clustering", "dataset_distill", "pruning", "tokenizers", "codecs"},
     "dataset_distill": {"clustering", "codecs"},
+    "pruning": {"clustering"},
     "tokenizers": {"clustering", "codecs"},
     "codecs": {"clustering"},
     "orchestration": {"storage"},

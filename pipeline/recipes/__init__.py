@@ -32,5 +32,6 @@ recipes: Registry[Recipe] = Registry(
     {
         "convert": "pipeline.recipes.convert:RECIPE",
         "distill": "pipeline.recipes.distill:RECIPE",
+        "prune": "pipeline.recipes.prune:RECIPE",
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Config
 from pipeline.datasets import Dataset
+from pipeline.errors import RunError
 from pipeline.orchestration.run import Run
 from pipeline.recipes import Recipe
 from pipeline.stage import Stage
@@ -18,9 +20,12 @@ from pipeline.storage.folder import FolderFormat
 from pipeline.storage.formats import Format
 from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.regroup import EvenSource, GroupedSource
+from pipeline.storage.selected import SelectedSource, selected_keys
 from pipeline.storage.source import Source
 from pipeline.storage.webdataset import WebDatasetFormat
 from pipeline.storage.zarr import ZarrFormat
+
+log = logging.getLogger(__name__)
 
 
 class ConvertConfig(Config):
@@ -56,8 +61,12 @@ def convert(run: Run, data: Dataset, config: ConvertConfig) -> dict[str, Any]:
     if config.encode != "keep":
         stages.append(Encode(config.encode, config.quality, config.shorter))
     splits = {"train": data.train, **({"test": data.test} if data.test else {})}
-    written = {name: _write(run, name, source, stages, config) for name, source in splits.items()}
+    written = {
+        name: write_split(run, name, source, stages, config) for name, source in splits.items()
+    }
     products = {name: source.artifact for name, source in written.items()}
+    if isinstance(data.train, SelectedSource):
+        run.require(lambda: _check_found(data.train, written["train"]))
     about = {"dataset": data.name, "config": config.model_dump(mode="json"), "seed": run.seed}
     if not run.published("dataset", products):
         run.publish("dataset", products, about)
@@ -68,9 +77,25 @@ def convert(run: Run, data: Dataset, config: ConvertConfig) -> dict[str, Any]:
     return summary
 
 
-def _write(
+def _check_found(source: Source, written: ArtifactSource) -> None:
+    """Refuse a selection of another data set; say how much of one is missing."""
+    wanted = len(selected_keys(source.selection)) if isinstance(source, SelectedSource) else 0
+    found = written.artifact.manifest["counts"]["in"]
+    if wanted and not found:
+        raise RunError(
+            f"None of the {wanted:,} samples of the selection is in this data set.",
+            hint="Give the data set that was pruned, or a copy in which samples have the same "
+            "keys; 'pipeline inspect' shows the keys of both.",
+            code="other-selection",
+        )
+    if found < wanted:
+        log.warning("%d of %d selected samples are not in this data set", wanted - found, wanted)
+
+
+def write_split(
     run: Run, name: str, source: Source, stages: Sequence[Stage], config: ConvertConfig
 ) -> ArtifactSource:
+    """Write one split in the chosen format, as the step ``name``."""
     size = config.shard_mb * 2**20
     grouped = GroupedSource(source, size)
     if config.format != "zarr":

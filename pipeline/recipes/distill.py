@@ -28,6 +28,7 @@ from pipeline.orchestration.fit import Fit
 from pipeline.orchestration.run import Run
 from pipeline.recipes import Recipe
 from pipeline.recipes.distill_report import evaluation_table, report
+from pipeline.recipes.teacher import teacher_task
 from pipeline.stages.decode import Decode
 from pipeline.stages.recover import Recover
 from pipeline.stages.relabel import Relabel
@@ -37,7 +38,6 @@ from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.regroup import ChosenSource, cut, find_places
 from pipeline.storage.source import Source, TableSource
 from pipeline.storage.webdataset import WebDatasetFormat
-from pipeline.storage.weights import WeightsFile
 from pipeline.storage.zarr import ZarrFormat
 
 
@@ -63,7 +63,7 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
             code="no-labels",
         )
     decode = Decode(image.size, image.channels)
-    squeeze = _squeeze(config, len(classes))
+    squeeze = teacher_task(config.teacher, image, len(classes))
     BatchNormMatching(squeeze.network(), 1.0).close()  # refuses a teacher without BatchNorm now
     train_part, test_part = ([], []) if data.test else ([Split("train")], [Split("test")])
 
@@ -260,16 +260,6 @@ def defaults(data: Dataset) -> dict[str, Any]:
         preset = data.name if data.info and data.name in PRESETS else "cifar10"
         values = merge(merge(values, SMALL), PRESETS[preset])
     return values
-
-
-def _squeeze(config: DistillConfig, classes: int) -> Squeeze:
-    """The teacher's task; a file of weights counts by its content, not by where it lies."""
-    weights = config.teacher.weights
-    if weights is None or weights == "pretrained":
-        return Squeeze(config.teacher, config.image, classes)
-    file = WeightsFile(Path(weights))
-    teacher = config.teacher.model_copy(update={"weights": file.name})
-    return Squeeze(teacher, config.image, classes, file)
 
 
 def _portable(config: DistillConfig) -> Mapping[str, Any]:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
-from pipeline import __version__
 from pipeline.report import (
     bar_chart,
     contact_sheet,
@@ -25,6 +21,7 @@ from pipeline.report import (
     paragraph,
     png_image,
 )
+from pipeline.recipes.sections import accounting, provenance
 from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.images import decode_png
 from pipeline.storage.models import UNIT
@@ -103,8 +100,8 @@ def report(
         ("Images", _pictures(about, images, real)),
         ("Losses", _loss_charts(about["config"], images.artifact, teacher, students)),
         ("Sizes", _sizes(images, labels)),
-        ("Samples of each step", _accounting(steps)),
-        ("Provenance", _provenance(about, products)),
+        ("Samples of each step", accounting(steps)),
+        ("Provenance", provenance(about, products)),
     ]
     return page(f"Distilled {about['dataset']}, {ipc} images a class", lead, sections)
 
@@ -237,32 +234,6 @@ def _sizes(images: ArtifactSource, labels: ArtifactSource) -> str:
     }
     rows = [(name, size, size / count) for name, size in sizes.items()]
     return html_table(("product", "bytes", "bytes an image"), rows, digits=0)
-
-
-def _accounting(sources: Sequence[ArtifactSource]) -> str:
-    rows = []
-    for manifest in (source.artifact.manifest for source in sources):
-        counts = manifest["counts"]
-        sides = (counts["filtered"], counts["quarantined"])
-        why = ", ".join(f"{n:,} {reason}" for side in sides for reason, n in sorted(side.items()))
-        left_out = [sum(side.values()) for side in sides]
-        rows.append((manifest["step"], counts["in"], counts["out"], *left_out, why))
-    return html_table(("step", "in", "out", "filtered", "quarantined", "why"), rows)
-
-
-def _provenance(about: Mapping[str, Any], products: Mapping[str, str]) -> str:
-    packages = ("torch", "numpy", "zarr", "pyarrow")
-    versions = {"pipeline": __version__, "python": platform.python_version()}
-    versions |= {name: version(name) for name in packages}
-    config = yaml.safe_dump(about["config"], sort_keys=True, allow_unicode=True)
-    return "\n".join(
-        [
-            paragraph(f"Data set {about['dataset']}, seed {about['seed']}."),
-            html_table(("product", "identity"), list(products.items())),
-            html_table(("package", "version"), list(versions.items())),
-            f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>",
-        ]
-    )
 
 
 def _units(students: Artifact, arm: str) -> list[str]:
