@@ -13,6 +13,7 @@ from __future__ import annotations
 from pipeline.testing.clusterers import check_clusterer
 from pipeline.testing.formats import check_format
 from pipeline.testing.pickled import pickled
+from pipeline.testing.selectors import check_selector
 from pipeline.testing.sources import check_source
 from pipeline.testing.stages import check_stage
 from pipeline.testing.stores import check_store
@@ -23,6 +24,7 @@ __all__ = [
     "assert_same_rows",
     "check_clusterer",
     "check_format",
+    "check_selector",
     "check_source",
     "check_stage",
     "check_store",
