@@ -16,16 +16,20 @@ from pipeline.orchestration.memory import StepFolders
 from pipeline.orchestration.steps import timed
 from pipeline.orchestration.training import Checkpoint, TrainingTask, train
 from pipeline.storage.atomic import publish
-from pipeline.storage.models import write_model
+from pipeline.storage.models import snapshot_file, write_model
 from pipeline.storage.source import Source
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A training task and the sources it learns from, by the name the task knows them by."""
+    """A training task and the sources it learns from, by the name the task knows them by.
+
+    With ``snapshots`` the weights after every epoch are published beside the last ones.
+    """
 
     task: TrainingTask
     inputs: Mapping[str, Source] = field(default_factory=dict)
+    snapshots: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,21 @@ class FitWork:
                 role: pa.concat_tables(source.tables()) for role, source in fit.inputs.items()
             }
             seed = seed_for(self.seed, name)
-            result = train(fit.task, inputs, seed, checkpoint, self.checkpoint_seconds, group)
+            result = train(
+                fit.task,
+                inputs,
+                seed,
+                checkpoint,
+                self.checkpoint_seconds,
+                group,
+                snapshots=fit.snapshots,
+            )
             if not group.first:
                 return {}
             (folder / name).mkdir()
             write_model(folder / name, result.training.model, result.training.spec)
+            for epoch in range(1, len(result.losses) + 1 if fit.snapshots else 1):
+                (folder / snapshot_file(name, epoch)).write_bytes(checkpoint.read_snapshot(epoch))
             (folder / name / "history.json").write_bytes(dumps({"loss": result.losses}))
             record = {
                 "index": unit.index,

@@ -210,14 +210,14 @@ class Planner(Run):
         return artifact
 
     def rounds(
-        self, name: str, task: RoundsTask, source: Source, column: str, parts: int = 32
+        self, name: str, task: RoundsTask, source: Source, *columns: str, parts: int = 32
     ) -> Artifact:
-        identity, folders = self._rounds_step(name, task, source, column, parts)
+        identity, folders = self._rounds_step(name, task, source, columns, parts)
         folder = folders.artifact.url.rpartition("/")[2]
         plan = StepPlan(name, folder, (type(task).__name__,), self._resources(name), model=False)
         if Artifact.exists(folders.artifact):
             self._note_finished(plan, folders)
-            return super().rounds(name, task, source, column, parts)
+            return super().rounds(name, task, source, *columns, parts=parts)
         self.plans.append(replace(plan, shards=1))
         artifact = Artifact(folders.artifact, _Unmade(kind="arrays", step=name, identity=identity))
         self.steps[artifact.name] = artifact

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
 from pipeline.digest import dumps
 from pipeline.orchestration.executor import Record
 from pipeline.orchestration.memory import StepFolders
 from pipeline.orchestration.steps import timed
-from pipeline.storage.artifact import Artifact
+from pipeline.storage.array_artifact import FILE, Arrays, to_bytes
 from pipeline.storage.atomic import publish, with_digest, without_digest
-from pipeline.storage.features import read_column
+from pipeline.storage.features import read_columns
 from pipeline.storage.source import Shard, Source
 from pipeline.storage.store import Store
 
 log = logging.getLogger(__name__)
-Arrays = Mapping[str, npt.NDArray[Any]]
 
 STATE = "state"
-RESULT = "arrays.safetensors"
 
 
 class RoundsTask(Protocol):
@@ -41,10 +37,8 @@ class RoundsTask(Protocol):
     def begin(self, seed: int) -> Arrays:
         """The state before the first round."""
 
-    def part(
-        self, state: Arrays, shards: Iterable[tuple[str, npt.NDArray[Any]]], threads: int
-    ) -> Arrays:
-        """What some shards, by name, say to a state."""
+    def part(self, state: Arrays, shards: Iterable[tuple[Any, ...]], threads: int) -> Arrays:
+        """What some shards say to a state; each is its name and an array for every column."""
 
     def join(self, state: Arrays, parts: Iterator[Arrays], threads: int) -> Arrays:
         """The state after a round, from what its parts returned, in order."""
@@ -83,14 +77,14 @@ class PartWork:
         folders: of the round.
         task: what to find.
         source: what the shards are of.
-        column: whose values are taken.
+        columns: whose values are taken.
         threads: CPU threads.
     """
 
     folders: StepFolders
     task: RoundsTask
     source: Source
-    column: str
+    columns: tuple[str, ...]
     threads: int
 
     def __call__(self, unit: PartUnit) -> Record:
@@ -98,15 +92,15 @@ class PartWork:
         state = _state(self.folders.work)
         arrays = self.task.part(state, self._arrays(unit), self.threads)
         with self.folders.work.scratch() as folder:
-            (folder / f"{unit.name}.safetensors").write_bytes(_save(arrays))
+            (folder / f"{unit.name}.safetensors").write_bytes(to_bytes(arrays))
             files = [vars(entry) for entry in publish(folder, self.folders.artifact)]
         record = {"index": unit.index, "name": unit.name, "files": files, **timed(began)}
         self.folders.ledger.write(record)
         return record
 
-    def _arrays(self, unit: PartUnit) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    def _arrays(self, unit: PartUnit) -> Iterator[tuple[Any, ...]]:
         for shard in unit.shards:
-            yield shard.name, read_column(self.source, shard, self.column)
+            yield shard.name, *read_columns(self.source, shard, self.columns)
 
 
 @dataclass(frozen=True)
@@ -131,7 +125,7 @@ class StateFile:
 
     def write(self, state: Arrays) -> None:
         """Put ``state`` in place of the last one."""
-        self.store.replace(STATE, with_digest(_save(state)))
+        self.store.replace(STATE, with_digest(to_bytes(state)))
 
 
 @dataclass(frozen=True)
@@ -145,21 +139,12 @@ class ResultWork:
     def __call__(self, unit: PartUnit) -> Record:
         arrays, metrics = self.task.result(self.state)
         with self.folders.work.scratch() as folder:
-            (folder / RESULT).write_bytes(_save(arrays))
+            (folder / FILE).write_bytes(to_bytes(arrays))
             (folder / "metrics.json").write_bytes(dumps(metrics))
             files = [vars(entry) for entry in publish(folder, self.folders.artifact)]
         record = {"index": 0, "name": unit.name, "files": files, "metrics": metrics}
         self.folders.ledger.write({**record, **timed(time.monotonic())})
         return record
-
-
-def read_arrays(artifact: Artifact) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of a step in rounds, by name.
-
-    Raises:
-        RunError: they are missing or damaged.
-    """
-    return dict(load(artifact.read(RESULT)))
 
 
 @dataclass(frozen=True)
@@ -225,10 +210,6 @@ def read_parts(folders: StepFolders, units: Iterable[PartUnit]) -> Iterator[Arra
     """What the parts of a round returned, in order, one at a time."""
     for unit in units:
         yield load(folders.artifact.read(f"{unit.name}.safetensors"))
-
-
-def _save(arrays: Arrays) -> bytes:
-    return bytes(save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
 
 
 @lru_cache(maxsize=1)

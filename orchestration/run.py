@@ -252,11 +252,11 @@ class Run:
         return Artifact.finish(folders.artifact, manifest, records)
 
     def rounds(
-        self, name: str, task: RoundsTask, source: Source, column: str, parts: int = 32
+        self, name: str, task: RoundsTask, source: Source, *columns: str, parts: int = 32
     ) -> Artifact:
-        """Go through a column of all shards in rounds, until ``task`` has found what it looks for.
+        """Go through columns of all shards in rounds, until ``task`` has found what it looks for.
 
-        The artifact holds arrays (:func:`~pipeline.orchestration.rounds.read_arrays`), and
+        The artifact holds arrays (:func:`~pipeline.storage.array_artifact.read_arrays`), and
         ``metrics`` what was measured. After each round its state is kept, so that a run that is
         stopped goes on with the round it was in, and in it with the parts that are missing.
 
@@ -264,23 +264,23 @@ class Run:
             name: of the step.
             task: what to find.
             source: the shards.
-            column: whose values are taken.
+            columns: whose values are taken.
             parts: in how many parts shards are gone through; sums depend on it.
 
         Raises:
             RunError: the source holds no sample, or a part failed.
         """
-        identity, folders = self._rounds_step(name, task, source, column, parts)
-        artifact = self._rounds(name, identity, folders, (task, source, column, parts))
+        identity, folders = self._rounds_step(name, task, source, columns, parts)
+        artifact = self._rounds(name, identity, folders, (task, source, columns, parts))
         self.steps[artifact.name] = artifact
         return artifact
 
     def _rounds_step(
-        self, name: str, task: RoundsTask, source: Source, column: str, parts: int
+        self, name: str, task: RoundsTask, source: Source, columns: tuple[str, ...], parts: int
     ) -> tuple[str, StepFolders]:
         """Identity and folders of a step in rounds."""
         seed, threads = seed_for(self.seed, name), self._resources(name).threads
-        identity = digest("rounds", name, task, source, column, parts, seed, threads)
+        identity = digest("rounds", name, task, source, columns, parts, seed, threads)
         return identity, StepFolders.of(self.out, f"{name}-{identity[:12]}")
 
     def _rounds(
@@ -288,20 +288,20 @@ class Run:
         name: str,
         identity: str,
         folders: StepFolders,
-        what: tuple[RoundsTask, Source, str, int],
+        what: tuple[RoundsTask, Source, tuple[str, ...], int],
     ) -> Artifact:
-        task, source, column, parts = what
+        task, source, columns, parts = what
         self._begin(folders.artifact.url.rpartition("/")[2])
         if Artifact.exists(folders.artifact):
             return self._found(name, folders)
         if not source.shards:
-            raise _no_samples(name, column)
+            raise _no_samples(name, columns[0])
         write_plan(folders.work, name, identity, 1)
         threads = self._resources(name).threads
         units = part_units(source.shards, parts)
 
         def go(number: int, inner: StepFolders) -> None:
-            work = PartWork(inner, task, source.lean(), column, threads)
+            work = PartWork(inner, task, source.lean(), columns, threads)
 
             def do(missing: Iterator[Unit]) -> Iterator[Record]:
                 return self.executor.run(work, missing, self._resources(name))
@@ -313,7 +313,9 @@ class Run:
         result = [PartUnit(0, name, ())]
         publish = ResultWork(folders, task, state)
         records = self._execute(name, folders, result, 1, partial(attempts, publish))
-        spec = canonical({"task": task, "input": source.identity, "column": column, "parts": parts})
+        spec = canonical(
+            {"task": task, "input": source.identity, "columns": columns, "parts": parts}
+        )
         manifest = {"kind": "arrays", "step": name, "identity": identity, "spec": spec}
         rounds.store.remove()
         return Artifact.finish(folders.artifact, manifest, records)

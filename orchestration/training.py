@@ -21,6 +21,7 @@ from pipeline.digest import seed_for
 from pipeline.errors import RunError
 from pipeline.orchestration.group import ALONE, Group
 from pipeline.storage.atomic import with_digest, without_digest
+from pipeline.storage.models import weights_of
 from pipeline.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -112,8 +113,35 @@ class Checkpoint:
         torch.save(dict(state), buffer)
         self.store.replace(self._file, with_digest(buffer.getvalue()))
 
+    def write_snapshot(self, epoch: int, weights: bytes) -> None:
+        """Keep the weights after an epoch, counted from 1."""
+        self.store.replace(self._snapshot(epoch), with_digest(weights))
+
+    def read_snapshot(self, epoch: int) -> bytes:
+        """The weights after an epoch.
+
+        Raises:
+            RunError: they are damaged.
+        """
+        weights = without_digest(self.store.read(self._snapshot(epoch)))
+        if weights is None:
+            raise RunError(
+                f"The weights of '{self.name}' after epoch {epoch} are damaged.",
+                hint="Delete the folder of checkpoints, so that the training begins anew.",
+                code="damaged-snapshot",
+                where=f"{self.store}/{self._snapshot(epoch)}",
+            )
+        return weights
+
+    def _snapshot(self, epoch: int) -> str:
+        return f"{self.name}-epoch-{epoch:05d}"
+
     def delete(self) -> None:
+        """Delete it, and the weights that were kept beside it."""
         self.store.delete(self._file)
+        for info in self.store.files():
+            if info.name.startswith(f"{self.name}-epoch-"):
+                self.store.delete(info.name)
 
 
 def train(
@@ -123,6 +151,8 @@ def train(
     checkpoint: Checkpoint,
     every: float = 600.0,
     group: Group = ALONE,
+    *,
+    snapshots: bool = False,
 ) -> Trained[Any]:
     """Train to the end, from ``checkpoint`` where one is there.
 
@@ -141,6 +171,7 @@ def train(
         checkpoint: where its state is kept; deleting it at the end is up to the caller.
         every: seconds from one checkpoint to the next; with 0 there is one after every step.
         group: the workers. The first one writes checkpoints and measures; others have no metrics.
+        snapshots: whether the weights after every epoch are kept beside the checkpoint.
 
     Raises:
         RunError: the loss is not finite, a batch has fewer rows than there are workers, or a
@@ -179,6 +210,8 @@ def train(
         if index + 1 == steps:
             losses.append(_finite(float(running) / steps, name, epoch))
             running.zero_()
+            if snapshots and group.first:
+                checkpoint.write_snapshot(epoch + 1, weights_of(model))
         if group.first and time.monotonic() - saved >= every:
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             rest = {"done": number + 1, "losses": losses, "running": running}

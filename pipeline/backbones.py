@@ -163,6 +163,37 @@ def build(name: str, classes: int, channels: int, *, pretrained: bool = False) -
     )
 
 
+def embed(model: nn.Module, x: Tensor) -> Tensor:
+    """Features of images: what the last linear layer of a classifier is given.
+
+    Args:
+        model: a network that maps images to logits.
+        x: (N, channels, H, W).
+
+    Returns:
+        (N, D).
+
+    Raises:
+        UsageError: the network has no linear layer, or gives it more than one vector an image.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    given: list[Tensor] = []
+    if layers:
+        hook = layers[-1].register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+        try:
+            model(x)
+        finally:
+            hook.remove()
+    if not given or given[-1].ndim != 2 or len(given[-1]) != len(x):
+        raise UsageError(
+            f"The network {type(model).__name__} does not end in a linear layer that is given one "
+            "vector an image.",
+            hint="Choose a classifier such as resnet20, timm:resnet50 or torchvision:vit_b_16.",
+            code="no-features",
+        )
+    return given[-1]
+
+
 def load_weights(model: nn.Module, arrays: Mapping[str, npt.NDArray[Any]], where: str) -> None:
     """Put a state dict of plain arrays into ``model``; every name and shape must fit.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+BATCH = 256
 
 
 def default_device() -> torch.device:
@@ -29,3 +32,16 @@ def reproducible(threads: int) -> Iterator[None]:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
         torch.set_rng_state(random_state)
+
+
+@torch.inference_mode()
+def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """What a network makes of images (N, C, H, W), some at a time, as float32 (N, ...).
+
+    On a GPU images lie with their channels last, and products are of bfloat16.
+    """
+    kind = images.device.type
+    if kind == "cuda":
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+        return torch.cat([function(part).float() for part in images.split(BATCH)])

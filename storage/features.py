@@ -229,19 +229,22 @@ class FeatureArrays(Sequence[npt.NDArray[Any]]):
     def __getitem__(self, number: int | slice) -> Any:
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
-        return read_column(self.source, self.source.shards[number], self.column)
+        return read_columns(self.source, self.source.shards[number], (self.column,))[0]
 
 
-def read_column(source: Source, shard: Shard, column: str) -> npt.NDArray[Any]:
-    """A column of one shard as an array (n, ...).
+def read_columns(
+    source: Source, shard: Shard, columns: Sequence[str]
+) -> tuple[npt.NDArray[Any], ...]:
+    """Columns of one shard as arrays (n, ...).
 
     Raises:
         UsageError: there is no such column.
     """
     table = source.read(shard)
-    if column not in table.column_names:
-        raise _no_column(column, table.column_names, shard.name)
-    return to_numpy(table[column])
+    for column in columns:
+        if column not in table.column_names:
+            raise _no_column(column, table.column_names, shard.name)
+    return tuple(to_numpy(table[column]) for column in columns)
 
 
 def _no_column(column: str, names: Sequence[str], where: str) -> PipelineError:

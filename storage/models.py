@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -18,32 +20,67 @@ from pipeline.storage.artifact import Artifact
 from pipeline.storage.store import Store
 
 WEIGHTS, SPEC = "weights.safetensors", "network.json"
+_HELD = 2**30
+"""Bytes of snapshots that a process keeps in memory."""
 UNIT = "model"  # the folder of the one model that a fit step makes
 
 
 def write_model(directory: Path, model: nn.Module, spec: ModelSpec) -> None:
     """Write the weights and the specification into ``directory``."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    (directory / WEIGHTS).write_bytes(save(state))
+    (directory / WEIGHTS).write_bytes(weights_of(model))
     (directory / SPEC).write_bytes(dumps(asdict(spec)))
 
 
-def read_spec(artifact: Artifact) -> ModelSpec:
+def weights_of(model: nn.Module) -> bytes:
+    """Weights and buffers as safetensors."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    return bytes(save(state))
+
+
+def snapshot_file(unit: str, epoch: int) -> str:
+    """Where an artifact has a unit's weights after an epoch, counted from 1."""
+    return f"{unit}/epoch-{epoch:05d}.safetensors"
+
+
+def read_spec(artifact: Artifact, unit: str = UNIT) -> ModelSpec:
     """The specification of a fitted model."""
-    fields = json.loads(artifact.read(f"{UNIT}/{SPEC}"))
+    fields = json.loads(artifact.read(f"{unit}/{SPEC}"))
     mean, std = tuple(fields["mean"]), tuple(fields["std"])
     return ModelSpec(fields["backbone"], fields["classes"], fields["channels"], mean, std)
 
 
-def read_model(artifact: Artifact, device: torch.device) -> nn.Module:
+def read_model(artifact: Artifact, device: torch.device, unit: str = UNIT) -> nn.Module:
     """The frozen model of an artifact, in evaluation mode; one copy a process and device."""
-    return _read(artifact.store, artifact.identity, device)
+    return _read(artifact.store, artifact.identity, device, unit)
 
 
-@lru_cache(maxsize=2)
-def _read(store: Store, _identity: str, device: torch.device) -> nn.Module:
+@lru_cache(maxsize=8)
+def _read(store: Store, _identity: str, device: torch.device, unit: str) -> nn.Module:
     artifact = Artifact.open(store)
-    spec = read_spec(artifact)
+    spec = read_spec(artifact, unit)
     model = backbones.build(spec.backbone, spec.classes, spec.channels)
-    model.load_state_dict(load(artifact.read(f"{UNIT}/{WEIGHTS}")))
+    model.load_state_dict(load(artifact.read(f"{unit}/{WEIGHTS}")))
     return model.to(device).eval().requires_grad_(requires_grad=False)
+
+
+def snapshots(artifact: Artifact, device: torch.device, unit: str = UNIT) -> Iterator[nn.Module]:
+    """One frozen model with a unit's weights after every epoch, one after the other.
+
+    Raises:
+        RunError: a file is missing or damaged.
+    """
+    model = copy.deepcopy(read_model(artifact, device, unit))
+    files = {n: e.bytes for n, e in artifact.files.items() if n.startswith(f"{unit}/epoch-")}
+    few = sum(files.values()) <= _HELD
+    states = _states(artifact.store, artifact.identity, unit) if few else None
+    for number, name in enumerate(sorted(files)):
+        model.load_state_dict(load(states[number] if states else artifact.read(name)))
+        yield model
+
+
+@lru_cache(maxsize=1)
+def _states(store: Store, _identity: str, unit: str) -> tuple[bytes, ...]:
+    """The snapshots' bytes: a process meets them once for every shard."""
+    artifact = Artifact.open(store)
+    names = [name for name in artifact.files if name.startswith(f"{unit}/epoch-")]
+    return tuple(artifact.read(name) for name in sorted(names))

@@ -61,5 +61,5 @@ def selected_keys(selection: Artifact) -> pa.Array:
 @lru_cache(maxsize=2)
 def _keys(store: Store, _identity: str) -> pa.Array:
     tables = [table.select(["key"]) for table in ArtifactSource(Artifact.open(store)).tables()]
-    keys = pa.concat_tables(tables)["key"].combine_chunks() if tables else pa.array([], pa.string())
-    return keys
+    empty = pa.table({"key": pa.array([], pa.string())})
+    return pa.concat_tables(tables or [empty])["key"].combine_chunks()

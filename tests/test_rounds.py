@@ -18,8 +18,9 @@ from pipeline.clustering.sharded_kmeans import ShardedKMeans
 from pipeline.errors import RunError
 from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.plan import Planner
-from pipeline.orchestration.rounds import part_units, read_arrays
+from pipeline.orchestration.rounds import part_units
 from pipeline.orchestration.run import open_run
+from pipeline.storage.array_artifact import read_arrays
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.features import open_features
 from pipeline.storage.source import Shard
@@ -53,7 +54,7 @@ TASK = ShardedKMeans(24, max_iter=6)
 
 def fit(store, executor=None, task=TASK, source=SOURCE, parts=3, **options) -> Artifact:
     with open_run(store, executor or LocalExecutor(), **options) as run:
-        return run.rounds("centroids", task, source, "v", parts)
+        return run.rounds("centroids", task, source, "v", parts=parts)
 
 
 def by_hand(task, state, shards, parts):
@@ -103,7 +104,7 @@ def test_k_means_parallel_finds_what_k_means_plus_plus_does():
 
 def test_a_run_publishes_centroids_and_finds_them_again(tmp_path):
     run = local_run(tmp_path)
-    artifact = run.rounds("centroids", TASK, SOURCE, "v", 3)
+    artifact = run.rounds("centroids", TASK, SOURCE, "v", parts=3)
     centroids = read_arrays(artifact)["centroids"]
     assert centroids.shape == (24, 6)
     metrics = dict(artifact.metrics)
@@ -112,7 +113,7 @@ def test_a_run_publishes_centroids_and_finds_them_again(tmp_path):
     executed = run.executed
     assert executed > 3 * 8
     again = local_run(tmp_path)
-    assert again.rounds("centroids", TASK, SOURCE, "v", 3).sha256 == artifact.sha256
+    assert again.rounds("centroids", TASK, SOURCE, "v", parts=3).sha256 == artifact.sha256
     assert again.executed == 0
     # Nothing of the rounds is left.
     assert not [i.name for i in LocalStore(tmp_path).files() if "/rounds/" in i.name]
@@ -191,13 +192,13 @@ def test_the_parts_matter_and_the_workers_do_not(tmp_path):
 
 def test_a_plan_names_the_step(tmp_path):
     planner = Planner(LocalStore(tmp_path), LocalExecutor())
-    planner.rounds("centroids", TASK, SOURCE, "v", 3)
+    planner.rounds("centroids", TASK, SOURCE, "v", parts=3)
     assert [(plan.step, plan.stages, plan.missing) for plan in planner.plans] == [
         ("centroids", ("ShardedKMeans",), 1)
     ]
     fit(LocalStore(tmp_path))
     planner = Planner(LocalStore(tmp_path), LocalExecutor())
-    planner.rounds("centroids", TASK, SOURCE, "v", 3)
+    planner.rounds("centroids", TASK, SOURCE, "v", parts=3)
     assert planner.plans[0].missing == 0
 
 

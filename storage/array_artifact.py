@@ -1,0 +1,36 @@
+"""Artifacts that hold arrays by name, such as centroids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load, save
+
+from pipeline.storage.artifact import Artifact
+from pipeline.storage.store import Store
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+FILE = "arrays.safetensors"
+
+
+def to_bytes(arrays: Arrays) -> bytes:
+    """Arrays as safetensors."""
+    return bytes(save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
+
+
+def read_arrays(artifact: Artifact) -> Arrays:
+    """The arrays of an artifact by name; one copy a process.
+
+    Raises:
+        RunError: they are missing or damaged.
+    """
+    return _read(artifact.store, artifact.identity)
+
+
+@lru_cache(maxsize=2)
+def _read(store: Store, _identity: str) -> Arrays:
+    return dict(load(Artifact.open(store).read(FILE)))
