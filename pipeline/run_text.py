@@ -85,6 +85,16 @@ def summary_text(summary: dict[str, Any]) -> str:
                 f"{split['shards']:,} shards" + (f", {bad:,} in quarantine" if bad else "")
             )
             lines.append(f"{'':<8} {split['path']}")
+    if counts := summary.get("counts"):
+        left_out = [f"{n:,} {kind} duplicates" for kind, n in counts["duplicates"].items()]
+        share = 100 * counts["kept"] / counts["samples"]
+        lines.append(
+            f"{'kept:':<12} {counts['kept']:,} of {counts['samples']:,} samples ({share:.1f}%), "
+            f"{human(counts['bytes_kept'])} of {human(counts['bytes'])}"
+        )
+        lines += [f"{'':<12} left out: {', '.join(left_out)}"] if left_out else []
+        lines.append(f"{'':<12} {summary['why']}")
+        lines += [f"{role + ':':<12} {path}" for role, path in summary["products"].items()]
     names = ("images", "labels", "report")
     lines += [f"{name + ':':<8} {summary[name]}" for name in names if name in summary]
     return "\n".join(lines)

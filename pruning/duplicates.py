@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,8 @@ def near_duplicates(
 ) -> tuple[Rows, npt.NDArray[np.int32]]:
     """For each sample an earlier one, by key, whose hash differs in few bits: the least, the first.
 
-    No pair is missed: hashes that differ in at most b of 64 bits are alike in one of b + 1 parts, so
-    those that share a part are compared, and no others.
+    No pair is missed: hashes that differ in at most b of 64 bits are alike in one of b + 1 parts,
+    so those that share a part are compared, and no others.
 
     Args:
         hashes: uint64 (N,).
@@ -70,7 +71,7 @@ def near_duplicates(
     of = np.full(len(own), -1, np.int64)
     edges = np.linspace(0, 64, bits + 2).astype(np.int64)
     with Threads(n_jobs) as threads:
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in pairwise(edges):
             mask = np.uint64((1 << int(high - low)) - 1)
             parts = (own >> np.uint64(low)) & mask
             by_part = np.argsort(parts, kind="stable")

@@ -1,17 +1,16 @@
 """Samples whose features point almost the same way (SemDeDup).
 
 Source: Abbas et al., "SemDeDup: Data-efficient learning at web-scale through semantic
-deduplication", 2023. Samples are put in order, those far from their cluster's centre first; one is a
-duplicate at epsilon where its cosine with an earlier one is above 1 - epsilon. The largest such
+deduplication", 2023. Samples are put in order, those far from their cluster's centre first; one is
+a duplicate at epsilon where its cosine with an earlier one is above 1 - epsilon. The largest such
 cosine of each sample is kept, so that one pass serves every epsilon. Samples are compared within
 their two nearest clusters, and the order is one for all clusters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.clustering.checks import unit_rows
+from pipeline.tensors import to_numpy
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -127,7 +127,7 @@ class Recall:
 def estimate_recall(
     found: Similarities,
     epsilon: float,
-    shards: Sequence[Any],
+    tables: Callable[[], Iterable[pa.Table]],
     samples: int = 500,
     seed: int = 0,
 ) -> Recall:
@@ -136,16 +136,16 @@ def estimate_recall(
     Args:
         found: in clusters.
         epsilon: as for :meth:`Similarities.removed`.
-        shards: tables with ``key``, ``feature`` and ``distance``, read one at a time.
+        tables: called twice, gives tables with ``key``, ``feature`` and ``distance``.
         samples: how many are drawn.
         seed: of the draw.
     """
     rng = np.random.default_rng(seed)
     drawn = rng.choice(len(found.keys), min(samples, len(found.keys)), replace=False)
     wanted = found.keys.take(pa.array(np.sort(drawn)))
-    x, distances, keys = _rows_of(shards, wanted)
+    x, distances, keys = _rows_of(tables(), wanted)
     best = np.full(len(keys), -1.0, np.float32)
-    for table in shards:
+    for table in tables():
         others = unit_rows(np.ascontiguousarray(_features(table)))
         far, names = np.asarray(table["distance"]), table["key"].combine_chunks()
         # Earlier: further from its centre, or as far with an earlier key.
@@ -170,9 +170,9 @@ def estimate_recall(
     return Recall(len(keys), int(true.sum()), int((true & seen).sum()))
 
 
-def _rows_of(shards: Sequence[Any], wanted: pa.Array) -> tuple[Floats, Floats, pa.Array]:
+def _rows_of(tables: Iterable[pa.Table], wanted: pa.Array) -> tuple[Floats, Floats, pa.Array]:
     """Unit features, distances and keys of the samples that are wanted."""
-    parts = [table.filter(pc.is_in(table["key"], wanted)) for table in shards]
+    parts = [table.filter(pc.is_in(table["key"], wanted)) for table in tables]
     x = np.concatenate([_features(part) for part in parts if len(part)])
     table = pa.concat_tables([part.select(["key", "distance"]) for part in parts])
     distances = np.asarray(table["distance"], np.float32)
@@ -180,6 +180,4 @@ def _rows_of(shards: Sequence[Any], wanted: pa.Array) -> tuple[Floats, Floats, p
 
 
 def _features(table: pa.Table) -> Floats:
-    from pipeline.tensors import to_numpy
-
     return np.asarray(to_numpy(table["feature"]), np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -35,7 +36,7 @@ class Pairwise:
         samples = table["sample"].combine_chunks()
         similarity = np.full(len(table), -1.0, np.float32)
         of = np.full(len(table), -1, np.int64)
-        for lo, hi in zip(edges, edges[1:], strict=False):
+        for lo, hi in pairwise(edges):
             rows = lo + order_of(distances[lo:hi], samples[lo:hi])
             similarity[rows], earlier = earlier_similarity(x[rows], self.block)
             of[rows] = np.where(earlier >= 0, rows[earlier], -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -84,7 +84,7 @@ def cluster_ranges(members: npt.NDArray[np.int64], rows: int) -> tuple[tuple[int
     return (*found, (start, len(members))) if total else tuple(found)
 
 
-def count_members(tables: Sequence[pa.Table], clusters: int) -> npt.NDArray[np.int64]:
+def count_members(tables: Iterable[pa.Table], clusters: int) -> npt.NDArray[np.int64]:
     """Members of each cluster: samples of which it is the nearest or the second."""
     total = np.zeros(clusters, np.int64)
     for table in tables:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 
 import pyarrow as pa
@@ -37,7 +37,13 @@ class SelectedSource(Source):
     def shards(self) -> tuple[Shard, ...]:
         identity = self.selection.identity
         return tuple(
-            replace(shard, identity=digest(shard.identity, identity), rows=None)
+            # How many rows are left is not known; the base may need to know what it had.
+            Shard(
+                shard.name,
+                digest(shard.identity, identity),
+                location={"base": asdict(shard)},
+                bytes=shard.bytes,
+            )
             for shard in self.base.shards
         )
 
@@ -45,11 +51,11 @@ class SelectedSource(Source):
         return replace(self, base=self.base.lean())
 
     def read(self, shard: Shard) -> pa.Table:
-        table = self.base.read(shard)
+        table = self.base.read(Shard(**shard.location["base"]))
         return table.filter(pc.is_in(table["key"], selected_keys(self.selection)))
 
     def take(self, shard: Shard, keys: Sequence[str]) -> pa.Table:
-        table = self.base.take(shard, keys)
+        table = self.base.take(Shard(**shard.location["base"]), keys)
         return table.filter(pc.is_in(table["key"], selected_keys(self.selection)))
 
 

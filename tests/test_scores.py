@@ -175,10 +175,7 @@ def test_means_and_medians_of_classes_are_those_of_all_rows_at_once(
         x[:, 0] = 7.25
     labels = rng.integers(classes, size=len(x))
     edges = np.cumsum([0, *sizes])
-    shards = [
-        (str(n), x[lo:hi], labels[lo:hi])
-        for n, (lo, hi) in enumerate(pairwise(edges))
-    ]
+    shards = [(str(n), x[lo:hi], labels[lo:hi]) for n, (lo, hi) in enumerate(pairwise(edges))]
     for kind in ("mean", "median"):
         task = ClassCentres(kind, classes)
         state: Any = task.begin(0)

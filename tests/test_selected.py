@@ -44,6 +44,14 @@ def test_only_selected_samples_are_read_in_the_order_of_the_source(tmp_path: Pat
     check_source(source)
 
 
+def test_sources_that_need_to_know_their_rows_are_told(tmp_path: Path) -> None:
+    digits = find_dataset("digits", None).train
+    keys = column(digits, "key")[::100]
+    source = SelectedSource(digits, selection(tmp_path, *keys).artifact)
+    assert column(source, "key") == keys
+    check_source(source)
+
+
 def test_another_selection_is_another_source(tmp_path: Path) -> None:
     base = keyed(3, 3)
     one, same, other = (

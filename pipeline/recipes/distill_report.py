@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.recipes.sections import accounting, provenance
 from pipeline.report import (
     bar_chart,
     contact_sheet,
@@ -21,7 +22,6 @@ from pipeline.report import (
     paragraph,
     png_image,
 )
-from pipeline.recipes.sections import accounting, provenance
 from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.images import decode_png
 from pipeline.storage.models import UNIT

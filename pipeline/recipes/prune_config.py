@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.config import Config, TrainConfig
+from pipeline.config import Config
 from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
 
 ScoreName = Literal[
@@ -45,11 +45,15 @@ class PruneConfig(Config):
     near_bits: int = Field(
         4, ge=0, le=16, description="of 64 by which the hashes of near duplicates differ at most"
     )
-    epsilon: float = Field(
-        0.03, ge=0, le=2, description="cosine distance below which features are duplicates"
+    epsilon: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        description="cosine distance below which features are duplicates; 0.03, and 0.001 where "
+        "the network is trained on these very classes, which brings samples of a class together",
     )
     image: ImageConfig = ImageConfig()
-    proxy: SqueezeConfig = SqueezeConfig(backbone="convnet3", train=TrainConfig(epochs=30))
+    proxy: SqueezeConfig = SqueezeConfig()
     runs: int = Field(3, ge=1, description="trainings that el2n and grand are the mean of")
     early_epochs: int = Field(10, ge=1, description="epochs of these trainings")
     prototypes: int | None = Field(

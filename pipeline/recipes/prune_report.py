@@ -91,7 +91,7 @@ def report(
     )
     sheets, pairs = _sheets(told), _shown_pairs(told)
     pictures = _pictures(told, source, config, np.concatenate([*sheets.values(), *pairs]))
-    sections = [("Selection", _selection(about, told))]
+    sections = [("Selection", _selection(about))]
     if told.scores is not None:
         sections.append(("Scores", _histogram(about["score"], told.scores, told.kept)))
     sections.append(("Kept and dropped", _contact_sheets(sheets, pictures)))
@@ -106,7 +106,7 @@ def report(
     return page(f"Pruned {about['dataset']}: {kept:,} of {total:,}", lead, sections)
 
 
-def _selection(about: Mapping[str, Any], told: Told) -> str:
+def _selection(about: Mapping[str, Any]) -> str:
     counts = about["counts"]
     rows: list[tuple[object, ...]] = [("samples", counts["samples"])]
     rows += [(f"{kind} duplicates", n) for kind, n in counts["duplicates"].items()]
@@ -114,6 +114,9 @@ def _selection(about: Mapping[str, Any], told: Told) -> str:
     parts = [html_table(("", "samples"), rows)]
     if recall := about.get("recall"):
         parts.append(paragraph(recall))
+    if sweep := about.get("sweep"):
+        rows = [(float(epsilon), n) for epsilon, n in sweep.items()]
+        parts.append(html_table(("epsilon", "semantic duplicates"), rows, digits=3))
     if pilots := about.get("pilots"):
         header = ("pilot run", "images", "accuracy, %", "held-out images")
         cells = [

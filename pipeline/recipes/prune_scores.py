@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pipeline.clustering.sharded_kmeans import ShardedKMeans
+from pipeline.dataset_distill.squeeze import Squeeze
 from pipeline.datasets import Dataset
 from pipeline.errors import UsageError
 from pipeline.orchestration.fit import Fit
@@ -129,15 +130,19 @@ class Material:
         decode = Decode(self.config.image.size, self.config.image.channels)
         return self.run.map("test", self.data.test, [decode], to=ParquetFormat())
 
-    def fit(self, name: str, units: tuple[str, ...], epochs: int, *, snapshots: bool) -> Artifact:
-        """Networks trained on all training images, which differ in their seeds."""
+    def task(self, epochs: int) -> Squeeze:
+        """The training of a network, for so many epochs."""
         proxy = self.config.proxy
         train = proxy.train.model_copy(update={"epochs": epochs})
-        task = teacher_task(
+        return teacher_task(
             proxy.model_copy(update={"train": train}),
             self.config.image,
             len(self.data.train.classes),
         )
+
+    def fit(self, name: str, units: tuple[str, ...], epochs: int, *, snapshots: bool) -> Artifact:
+        """Networks trained on all training images, which differ in their seeds."""
+        task = self.task(epochs)
         inputs: dict[str, Source] = {"test": self.test}
         if not task.given:
             inputs["train"] = self.images
@@ -172,6 +177,13 @@ class Material:
             "assigned", self.features, [Assign(self.prototypes)], to=ParquetFormat()
         )
 
+    @property
+    def epsilon(self) -> float:
+        """Cosine distance below which features are duplicates."""
+        if self.config.epsilon is not None:
+            return self.config.epsilon
+        return 0.001 if self.config.proxy.weights is None else 0.03
+
     def scores(self, name: str) -> tuple[ArtifactSource, Artifact | str]:
         """The table of a score and others that come with it, and the model that it is of."""
         group, image = SCORES[name].group, self.config.image
@@ -195,11 +207,11 @@ class Material:
             if group == "prototypes":
                 source, stages = self.assigned, [Columns(self._columns("distance"))]
             else:
-                kind = "median" if group == "moderate" else "mean"
-                task = ClassCentres(kind, len(self.data.train.classes))
-                columns = ("feature", "label")
-                centres = self.run.rounds("centres", task, self.features, columns)
-                source, stages = self.features, [CentreDistances(centres, kind)]
+                task = ClassCentres(
+                    "median" if group == "moderate" else "mean", len(self.data.train.classes)
+                )
+                centres = self.run.rounds("centres", task, self.features, "feature", "label")
+                source, stages = self.features, [CentreDistances(centres, group)]
         return self.run.map("scores", source, stages, to=ParquetFormat()), model
 
     def _columns(self, *names: str) -> tuple[str, ...]:
@@ -230,3 +242,6 @@ class Material:
                 "least-confidence, prototypes, supervised-prototypes or moderate.",
                 code="score-needs-training",
             )
+        if weights != "pretrained":
+            # Refuses now a network that cannot be made, or weights that do not fit it.
+            self.task(self.config.proxy.train.epochs).network()
