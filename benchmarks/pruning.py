@@ -3,9 +3,9 @@
 ``train``: SeTa, InfoBatch, another random subset in every epoch, one fixed class-balanced random
 subset, and the control that most comparisons lack: all data for fewer epochs, so that it takes as
 many steps. Every arm of a seed has the same network, initial weights, augmentation, optimiser and a
-cosine over the exact number of its steps. At 30, 50 and 70 % saved, to the sample. Methods have their
-published settings (SeTa: 10 % at random, 5 groups, window 0.6; InfoBatch: rate 0.5; both anneal for the last
-eighth); none was tuned here. Their paper forms save what they happen to save and stand below.
+cosine over the exact number of its steps. At 30, 50 and 70 % saved, to the sample. Methods have
+their published settings (SeTa: 10 % at random, 5 groups, window 0.6; InfoBatch: rate 0.5; both
+anneal for the last eighth); none was tuned here. Their paper forms save what they happen to save.
 
 ``select``: 10^7 losses to an epoch's samples on one core, beside scikit-learn's k-means on all of
 them. ``static``: features of 10^6 samples to a selection, through the steps of a run. ``sorscher``:
@@ -43,10 +43,16 @@ import torch.nn.functional as F
 
 from pipeline.backbones import ConvNet
 from pipeline.dataset_distill.squeeze import shifted
+from pipeline.pruning.budget import Budget, select
 from pipeline.pruning.dynamic_random import DynamicRandom
 from pipeline.pruning.infobatch import InfoBatch
+from pipeline.pruning.pool import Pool
 from pipeline.pruning.sampler import DynamicSampler
+from pipeline.pruning.scores import el2n
+from pipeline.pruning.selectors import Easy, Hard
 from pipeline.pruning.seta import SeTa
+from pipeline.storage.source import Shard, Source
+from pipeline.tensors import tensor_column
 
 SAVINGS = (0.3, 0.5, 0.7)
 BATCH = 128
@@ -225,9 +231,9 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
     sizes = {"fashion_mnist": (10_000, 16), "cifar10": (10_000, 16)}
     if torch.cuda.is_available() and not options.quick:
         sizes = {"fashion_mnist": (60_000, 30), "cifar10": (20_000, 60)}
+    if options.quick:
+        sizes = dict.fromkeys(sizes, (1000, 16))
     for dataset, (samples, epochs) in sizes.items():
-        if options.quick:
-            samples, epochs = 1000, 16
         base = {"data": str(options.data), "dataset": dataset, "samples": samples, "tested": tested}
         for seed in seeds:
             yield Job(arm="full", saving=0.0, seed=seed, epochs=epochs, **base)
@@ -237,7 +243,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
                 for arm in ARMS:
                     yield Job(arm=arm, saving=saving, seed=seed, epochs=epochs, **base)
     base = {"data": str(options.data), "dataset": "fashion_mnist", "noise": 0.1, "tested": tested}
-    samples, epochs = (1000, 16) if options.quick else sizes["fashion_mnist"]
+    samples, epochs = sizes["fashion_mnist"]
     for seed in seeds:
         yield Job(arm="full", saving=0.0, seed=seed, epochs=epochs, samples=samples, **base)
         for arm in ARMS:
@@ -313,8 +319,245 @@ def table(results: list[dict[str, Any]]) -> None:
         print(text)
 
 
+def memory(name: str) -> int:
+    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def in_a_process(part: str, *arguments: object) -> dict[str, Any]:
+    """A part of this file in a process of its own, whose memory is measured."""
+    words = [sys.executable, __file__, "--alone", part, *map(str, arguments)]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return told
+
+
+def losses_at(epoch: int, start: int, count: int) -> npt.NDArray[np.float32]:
+    """Skewed losses that fall from epoch to epoch."""
+    rng = np.random.default_rng((epoch, start))
+    return (rng.gamma(1.0, size=count) / (1 + epoch)).astype(np.float32)
+
+
+def choose_epochs(samples: str) -> dict[str, Any]:
+    """SeTa's own part of some epochs, on one core."""
+    size, piece = int(samples), 10**6
+    warm = SeTa(200_000, 9, window=0.6)
+    for _ in range(3):
+        warm.next_epoch()
+        warm.update(np.arange(200_000), losses_at(0, 0, 200_000))
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    before = memory("VmRSS")
+    sampler, seconds = SeTa(size, 9, window=0.6), []
+    for epoch in range(6):
+        began = time.perf_counter()
+        sampler.next_epoch()
+        seconds.append(time.perf_counter() - began)
+        for start in range(0, size, piece):
+            rows = np.arange(start, min(start + piece, size))
+            sampler.update(rows, losses_at(epoch, start, len(rows)))
+    return {"seconds": seconds[1:], "bytes": memory("VmHWM") - before}
+
+
+def choose_by_sklearn(samples: str) -> dict[str, Any]:
+    """The same by k-means on all losses and NumPy's own draws, on one core."""
+    from sklearn.cluster import KMeans
+
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    size = int(samples)
+    losses = losses_at(1, 0, size)
+    before, rng = memory("VmRSS"), np.random.default_rng(0)
+    began = time.perf_counter()
+    rows = rng.choice(size, int(0.9 * size), replace=False)
+    made = KMeans(5, n_init=1, random_state=0).fit(losses[rows, None])
+    order = np.argsort(made.cluster_centers_[:, 0])
+    chosen = rows[np.isin(made.labels_, order[1:4])]
+    rng.shuffle(chosen)
+    return {"seconds": [time.perf_counter() - began], "bytes": memory("VmHWM") - before}
+
+
+def select_epochs(options: argparse.Namespace) -> None:
+    size = 10**7
+    told = in_a_process("choose_epochs", size)
+    ours = statistics.median(told["seconds"])
+    few = 10**6 if options.quick else size
+    peer = in_a_process("choose_by_sklearn", few)
+    theirs = statistics.median(peer["seconds"]) * size / few
+    scaled = f", from {few:,}" if few < size else ""
+    print(
+        f"\n{size:,} losses to an epoch's samples on one core: {ours:.3f} s "
+        f"({min(told['seconds']):.3f} to {max(told['seconds']):.3f}), "
+        f"{told['bytes'] / 1e6:.0f} MB; with scikit-learn's k-means {theirs:.2f} s{scaled} "
+        f"({theirs / ours:.0f} x), {peer['bytes'] / 1e6:.0f} MB"
+    )
+    target("10^7 losses to an epoch (s)", 0.5, ours, most=True)
+    target("memory of the sampler (MB)", 200, told["bytes"] / 1e6, most=True)
+
+
+@dataclass(frozen=True)
+class Made(Source):
+    """Made features with a spectrum like that of images, a shard when it is asked for."""
+
+    rows: int
+    columns: int = 384
+    shard_rows: int = 16_384
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        starts = range(0, self.rows, self.shard_rows)
+        return tuple(
+            Shard(f"{start:09d}", f"{self}-{start}", min(self.shard_rows, self.rows - start))
+            for start in starts
+        )
+
+    def read(self, shard: Shard) -> pa.Table:
+        count = shard.rows or 0
+        rng, fixed = np.random.default_rng(int(shard.name)), np.random.default_rng(0)
+        scale = (1.0 / np.sqrt(np.arange(1, self.columns + 1))).astype(np.float32)
+        centres = fixed.standard_normal((2000, self.columns), np.float32) * scale
+        noise = rng.standard_normal((count, self.columns), np.float32) * scale
+        x = centres[rng.integers(2000, size=count)] + 0.5 * noise
+        keys = [f"{int(shard.name) + row:09d}" for row in range(count)]
+        return pa.table({"key": keys, "feature": tensor_column(x)})
+
+
+def select_static(folder: str, rows: str, clusters: str) -> dict[str, Any]:
+    """Features of a run's step to what is kept, in seconds and bytes."""
+    from pipeline.clustering.sharded_kmeans import ShardedKMeans
+    from pipeline.orchestration.local_executor import LocalExecutor
+    from pipeline.orchestration.run import open_run
+    from pipeline.stages.assign import Assign
+    from pipeline.stages.select import Columns
+    from pipeline.storage.parquet import ParquetFormat
+    from pipeline.storage.store import open_store
+
+    marks = {}
+    with open_run(open_store(folder), LocalExecutor(), threads=2) as run:
+        features = run.map("features", Made(int(rows)), [], to=ParquetFormat())
+        began = time.perf_counter()
+        task = ShardedKMeans(int(clusters), spherical=True, max_iter=25)
+        centroids = run.rounds("prototypes", task, features, "feature")
+        marks["k-means"] = time.perf_counter() - began
+        stages = [Assign(centroids), Columns(("key", "distance"))]
+        scores = pa.concat_tables(run.map("scores", features, stages, to=ParquetFormat()).tables())
+        marks["scores"] = time.perf_counter() - began - marks["k-means"]
+        values = np.asarray(scores["distance"], np.float64)
+        pool = Pool(scores["key"].combine_chunks(), values)
+        kept = select(pool, Hard(), Budget("share", 0.5))
+        seconds = time.perf_counter() - began
+    return {"seconds": seconds, "bytes": memory("VmHWM"), "kept": len(kept), **marks}
+
+
+def static(options: argparse.Namespace) -> None:
+    sizes, clusters = ((25_000, 100_000), 200) if options.quick else ((250_000, 10**6), 1000)
+    found = []
+    for rows in sizes:
+        with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+            told = in_a_process("select_static", folder, rows, clusters)
+        found.append(told)
+        print(
+            f"\n{rows:,} x 384 to {told['kept']:,} kept, {clusters} prototypes: "
+            f"{told['seconds']:.0f} s (k-means {told['k-means']:.0f} s, scores "
+            f"{told['scores']:.0f} s), at most {told['bytes'] / 2**30:.2f} GiB of memory"
+        )
+    target("static selection at the largest size (min)", 10, found[-1]["seconds"] / 60, most=True)
+    ratio = found[-1]["bytes"] / found[0]["bytes"]
+    target("its memory over that of a quarter of the samples (x)", 1.5, ratio, most=True)
+
+
+def sorscher(options: argparse.Namespace) -> None:
+    """Hard or easy, with few samples and with many, of Fashion-MNIST at 30 % kept."""
+    if options.data is None:
+        print("sorscher: --data is not given, left out")
+        return
+    sizes = (500, 4000) if options.quick else (1000, 30_000)
+    seeds = range(2 if options.quick else 3)
+    wanted = [
+        (str(options.data), size, side, seed)
+        for size in sizes
+        for side in ("hard", "easy", "random")
+        for seed in seeds
+    ]
+    workers = 1 if torch.cuda.is_available() else options.processes
+    with ProcessPoolExecutor(workers) as pool:
+        found = dict(zip(wanted, pool.map(keep_one_side, wanted), strict=True))
+    means = {}
+    for size in sizes:
+        for side in ("hard", "easy", "random"):
+            values = [found[str(options.data), size, side, seed] for seed in seeds]
+            means[size, side] = statistics.fmean(values)
+            print(
+                f"{size:7,} samples, {side:6} 30% kept: {means[size, side]:.2f} ± "
+                f"{statistics.stdev(values):.2f} %"
+            )
+    few, many = sizes
+    target(f"easy less hard with {few} (points)", 0, means[few, "easy"] - means[few, "hard"])
+    target(f"hard less easy with {many} (points)", 0, means[many, "hard"] - means[many, "easy"])
+
+
+def keep_one_side(what: tuple[str, int, str, int]) -> float:
+    """Accuracy of a training on the hard, the easy or random samples, by EL2N of three runs."""
+    data, size, side, seed = what
+    torch.set_num_threads(1)
+    job = Job(data, "fashion_mnist", side, 0.0, seed, 12, size)
+    x, y, tx, ty = load(job)
+    score = np.zeros(size)
+    for run in range(3 if side != "random" else 0):
+        # Early in training, whatever the size: some hundred steps.
+        model = fit(x, y, max(2, 300 * BATCH // size), 1000 * seed + run)
+        outputs = [model.eval()(part) for part in x.split(500)]
+        with torch.inference_mode():
+            score += el2n(torch.cat(outputs), y).numpy()
+    labels = y.numpy()
+    if side == "random":
+        rows = np.flatnonzero(balanced(labels, round(0.3 * size), seed))
+    else:
+        keys = pa.array([f"{row:06d}" for row in range(size)])
+        selector = Hard() if side == "hard" else Easy()
+        rows = select(Pool(keys, score, labels), selector, Budget("share", 0.3))
+    chosen = torch.from_numpy(rows)
+    # As many steps for few samples as for many would be thousands of epochs.
+    epochs = 60 if size < 5000 else 12
+    return accuracy(fit(x[chosen], y[chosen], epochs, seed), tx, ty)
+
+
+def fit(x: torch.Tensor, y: torch.Tensor, epochs: int, seed: int) -> torch.nn.Module:
+    """A small network, trained in the usual way."""
+    torch.manual_seed(seed)
+    model = ConvNet(10, x.shape[1], WIDTHS).to(memory_format=torch.channels_last)
+    steps = epochs * math.ceil(len(y) / BATCH)
+    optimizer = torch.optim.SGD(
+        model.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(y), generator=generator).split(BATCH):
+            images = shifted(x[batch], x.shape[2] // 10, generator)
+            loss = F.cross_entropy(
+                model(images.contiguous(memory_format=torch.channels_last)), y[batch]
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": trainings,
+    "select": select_epochs,
+    "static": static,
+    "sorscher": sorscher,
+}
+ALONE: dict[str, Callable[..., dict[str, Any]]] = {
+    "choose_epochs": choose_epochs,
+    "choose_by_sklearn": choose_by_sklearn,
+    "select_static": select_static,
 }
 
 
@@ -326,7 +569,13 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, action="append", help="a part; all unless given")
     parser.add_argument("--out", type=Path, help="results of trainings, a line of JSON each")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time on a CPU")
+    parser.add_argument("--scratch", help="folder for 4 GB of features")
+    parser.add_argument("--alone", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.alone:
+        name, *arguments = options.alone
+        print(json.dumps(ALONE[name](*arguments)))
+        return
     options.data = Path(options.data) if options.data else None
     for name in options.only or PARTS:
         PARTS[name](options)

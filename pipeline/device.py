@@ -44,4 +44,4 @@ def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     if kind == "cuda":
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-        return torch.cat([function(part).float() for part in images.split(BATCH)])
+        return torch.cat([function(part).float() for part in torch.split(images, BATCH)])

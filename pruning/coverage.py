@@ -30,7 +30,8 @@ class Herding:
 
     def rank(self, pool: Pool, count: int, seed: int) -> Rows:
         x, order = _by_key(pool)
-        return order[_herd(x, x.mean(0, dtype=np.float64), min(count, len(x)))]
+        best: Rows = order[_herd(x, x.mean(0, dtype=np.float64), min(count, len(x)))]
+        return best
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class KCenter:
 
     def rank(self, pool: Pool, count: int, seed: int) -> Rows:
         x, order = _by_key(pool)
-        return order[_furthest(x, x.mean(0, dtype=np.float64), min(count, len(x)))]
+        best: Rows = order[_furthest(x, x.mean(0, dtype=np.float64), min(count, len(x)))]
+        return best
 
 
 def _by_key(pool: Pool) -> tuple[Floats, Rows]:

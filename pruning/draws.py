@@ -37,7 +37,7 @@ def draw(flags: Flags, count: int, seed: int) -> None:
         count: how many stay, no more than are set.
         seed: of the draw.
     """
-    _draw(flags, np.count_nonzero(flags), count, np.uint64(seed))
+    _draw(flags, int(np.count_nonzero(flags)), count, np.uint64(seed))
 
 
 @compiled

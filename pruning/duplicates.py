@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -80,13 +81,9 @@ def near_duplicates(
                 wanted = (other >> np.uint64(low)) & mask
                 starts = np.searchsorted(ordered, wanted, "left")
                 ends = np.searchsorted(ordered, wanted, "right")
-                threads.split(
-                    lambda lo, hi, o=other, s=starts, e=ends, b=by_part: _compare(
-                        own, o, b, s, e, lo, hi, bits, best, of
-                    ),
-                    len(own),
-                    1024,
-                )
+                found = (bits, best, of)
+                compare = partial(_compare, own, other, by_part, starts, ends, found)
+                threads.split(compare, len(own), 1024)
     rows, apart = np.full(len(hashes), -1, np.int64), np.full(len(hashes), -1, np.int32)
     rows[order] = np.where(of >= 0, order[of], -1)
     apart[order] = np.where(of >= 0, best, -1)
@@ -100,13 +97,12 @@ def _compare(
     members: Any,
     starts: Any,
     ends: Any,
+    found: Any,
     lo: int,
     hi: int,
-    bits: int,
-    best: Any,
-    of: Any,
 ) -> None:
     """Hold samples lo to hi, or their mirror images, against earlier ones that share a part."""
+    bits, best, of = found
     for i in range(lo, hi):
         for place in range(starts[i], ends[i]):
             j = members[place]

@@ -35,7 +35,7 @@ def grand(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     each = vmap(grad(loss), in_dims=(None, 0, 0))
     rows = max(_NUMBERS // sum(p.numel() for p in weights.values()), 1)
     norms = []
-    for images, some in zip(x.split(rows), labels.split(rows), strict=True):
+    for images, some in zip(torch.split(x, rows), torch.split(labels, rows), strict=True):
         squares = [
             g.flatten(1).double().square().sum(1) for g in each(weights, images, some).values()
         ]

@@ -16,6 +16,8 @@ from torch import Tensor
 from pipeline.errors import UsageError
 
 Scores = npt.NDArray[np.float32]
+WINDOW = 10
+"""Steps from epoch to epoch that a window of TDDS has."""
 
 
 def el2n(logits: Tensor, labels: Tensor) -> Tensor:
@@ -29,7 +31,7 @@ def el2n(logits: Tensor, labels: Tensor) -> Tensor:
         labels: int64 (N,).
     """
     apart = logits.double().softmax(1) - F.one_hot(labels, logits.shape[1])
-    return apart.norm(dim=1)
+    return apart.square().sum(1).sqrt()
 
 
 def margin(logits: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class Dynamics:
         decay: of TDDS, by which the weight of earlier windows falls.
     """
 
-    def __init__(self, labels: Tensor, window: int = 10, decay: float = 0.9) -> None:
+    def __init__(self, labels: Tensor, window: int = WINDOW, decay: float = 0.9) -> None:
         self.labels, self.window, self.decay = labels, window, decay
         self.epochs = 0
         self._was_right = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
@@ -107,12 +109,7 @@ class Dynamics:
         Raises:
             UsageError: there are fewer epochs than a window needs.
         """
-        if self.epochs < self.window + 1:
-            raise UsageError(
-                f"Scores from training need {self.window + 1} epochs, and there are {self.epochs}.",
-                hint=f"Train for longer: --set proxy.train.epochs={self.window + 1} or more.",
-                code="few-epochs",
-            )
+        check_epochs(self.epochs, self.window)
         never = torch.full_like(self._forgotten, self.epochs // 2 + 1)
         found = {
             "forgetting": torch.where(self._learned, self._forgotten, never),
@@ -120,6 +117,16 @@ class Dynamics:
             "tdds": self._tdds,
         }
         return {name: values.cpu().numpy().astype(np.float32) for name, values in found.items()}
+
+
+def check_epochs(epochs: int, window: int = WINDOW) -> None:
+    """Raise UsageError where there are fewer epochs than a window of TDDS needs."""
+    if epochs < window + 1:
+        raise UsageError(
+            f"Scores from training need {window + 1} epochs, and there are {epochs}.",
+            hint=f"Train for longer: --set proxy.train.epochs={window + 1} or more.",
+            code="few-epochs",
+        )
 
 
 def cosine_distance(x: npt.NDArray[Any], centres: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

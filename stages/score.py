@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,7 @@ class Score:
 
     networks: Artifact
     units: tuple[str, ...]
-    group: Literal["el2n", "grand", "uncertainty", "dynamics"]
+    group: str
     image: ImageConfig
 
     version: ClassVar[int] = 1
@@ -70,7 +70,7 @@ class Score:
             return dict(dynamics.scores())
         network = read_model(self.networks, device, unit)
         if self.group == "grand":
-            pairs = zip(images.split(BATCH), labels.split(BATCH), strict=True)
+            pairs = zip(torch.split(images, BATCH), torch.split(labels, BATCH), strict=True)
             norms = [grand(network, x, y) for x, y in pairs]
             return {"grand": torch.cat(norms).cpu().numpy()}
         logits = in_batches(network, images)
@@ -98,7 +98,7 @@ class CentreDistances:
     """
 
     centres: Artifact
-    name: Literal["supervised-prototypes", "moderate"]
+    name: str
 
     version: ClassVar[int] = 1
 

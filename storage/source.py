@@ -94,6 +94,8 @@ class Source(ABC):
 class TableSource(Source):
     """Shards held in memory: lists of keys and labels made by a recipe.
 
+    What is read is built anew: then its size in memory does not tell where the table came from.
+
     Args:
         parts: (shard name, table) pairs in order.
         classes: class names by label.
@@ -110,7 +112,8 @@ class TableSource(Source):
         )
 
     def read(self, shard: Shard) -> pa.Table:
-        return dict(self.parts)[shard.name]
+        table = dict(self.parts)[shard.name]
+        return pa.Table.from_pydict(table.to_pydict(), schema=table.schema)
 
 
 def shard_names(files: Sequence[FileInfo]) -> list[str]:

@@ -52,8 +52,8 @@ def prune(run: Run, data: Dataset, config: PruneConfig) -> dict[str, Any]:
     duplicates = find_duplicates(material, table)
     products = {}
     if config.dedup:
-        source = TableSource((("duplicates", duplicates.table),))
-        products["duplicates"] = run.map("duplicates", source, [], to=ParquetFormat()).artifact
+        table_of = TableSource((("duplicates", duplicates.table),))
+        products["duplicates"] = run.map("duplicates", table_of, [], to=ParquetFormat()).artifact
     scored = None
     if plan.score:
         scored, model = material.scores(plan.score)

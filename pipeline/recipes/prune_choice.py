@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -54,7 +54,7 @@ class Plan:
         Raises:
             UsageError: the budget is none, or pilot runs are asked for without labels.
         """
-        keep, selector = str(config.keep), config.selector
+        keep, selector = str(config.keep), cast("str | None", config.selector)
         if keep == AUTO:
             keep, selector = str(PruneConfig.model_fields["keep"].default), AUTO
         budget = Budget.parse(keep)

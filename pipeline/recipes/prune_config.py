@@ -49,8 +49,8 @@ class PruneConfig(Config):
         None,
         ge=0,
         le=2,
-        description="cosine distance below which features are duplicates; 0.03, and 0.001 where "
-        "the network is trained on these very classes, which brings samples of a class together",
+        description="cosine distance below which features are duplicates: 0.03 for 'pretrained', "
+        "and 0.001 for networks trained on these very classes, which bring a class together",
     )
     image: ImageConfig = ImageConfig()
     proxy: SqueezeConfig = SqueezeConfig()

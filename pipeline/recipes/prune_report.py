@@ -136,7 +136,11 @@ def _histogram(name: str, scores: Scores, kept: Kept) -> str:
         for what, side in (("kept", kept), ("dropped", ~kept))
     }
     chart = line_chart(
-        f"Samples by {name}", series, x_label=f"{name}, harder to the right", y_label="samples"
+        f"Samples by {name}",
+        series,
+        x_label=f"{name}, harder to the right",
+        y_label="samples",
+        log=True,
     )
     caption = f"{name}: {SCORES[name].means}. {BINS} bins of equal width."
     if missing := int((~known).sum()):
@@ -219,7 +223,7 @@ def _duplicates(told: Told, pairs: tuple[Rows, Rows], pictures: Mapping[int, Ima
 def _pictures(told: Told, source: Source, config: PruneConfig, rows: Rows) -> dict[int, Image8]:
     """The pictures of some rows, as networks see them; those that cannot be read are left out."""
     decode = Decode(config.image.size, config.image.channels)
-    found = {}
+    found = dict[int, Image8]()
     wanted = np.unique(rows)
     for number in np.unique(told.shards[wanted]).tolist():
         here = wanted[told.shards[wanted] == number]

@@ -12,6 +12,7 @@ from pipeline.errors import UsageError
 from pipeline.orchestration.fit import Fit
 from pipeline.orchestration.run import Run
 from pipeline.pruning.class_centres import ClassCentres
+from pipeline.pruning.scores import check_epochs
 from pipeline.recipes.prune_config import PruneConfig
 from pipeline.recipes.teacher import teacher_task
 from pipeline.stage import Stage
@@ -182,7 +183,7 @@ class Material:
         """Cosine distance below which features are duplicates."""
         if self.config.epsilon is not None:
             return self.config.epsilon
-        return 0.001 if self.config.proxy.weights is None else 0.03
+        return 0.03 if self.config.proxy.weights == "pretrained" else 0.001
 
     def scores(self, name: str) -> tuple[ArtifactSource, Artifact | str]:
         """The table of a score and others that come with it, and the model that it is of."""
@@ -242,6 +243,8 @@ class Material:
                 "least-confidence, prototypes, supervised-prototypes or moderate.",
                 code="score-needs-training",
             )
+        if kind.group == "dynamics":
+            check_epochs(self.config.proxy.train.epochs)
         if weights != "pretrained":
             # Refuses now a network that cannot be made, or weights that do not fit it.
             self.task(self.config.proxy.train.epochs).network()

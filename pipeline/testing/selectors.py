@@ -45,7 +45,7 @@ def check_selector(selector: Any, pool: Any, select: Callable[[Any, Any, int, in
 
 def check_identity(selector: Any) -> None:
     """It is a frozen dataclass of plain values, with all that its contract names."""
-    assert dataclasses.is_dataclass(selector), "a selector is a dataclass"
+    assert dataclasses.is_dataclass(type(selector)), "a selector is a dataclass"
     assert isinstance(selector.version, int), "a selector has a version"
     assert isinstance(selector.per_class, bool), "it says whether it is asked for each class"
     assert isinstance(selector.name, str), "a selector has a name"
