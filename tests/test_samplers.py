@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -336,6 +340,14 @@ def test_without_ranks_rows_and_losses_are_those_given() -> None:
     assert rows.dtype == torch.int64
     assert rows.tolist() == [3, 4]
     assert losses.tolist() == [1, 2]
+
+
+def test_the_example_learns_with_half_the_samples() -> None:
+    example = Path(__file__).parents[1] / "examples" / "seta.py"
+    done = subprocess.run([sys.executable, example], check=True, capture_output=True, text=True)
+    found = re.fullmatch(r"accuracy ([0-9.]+)%, 19500 of 39000 samples saved\n", done.stdout)
+    assert found
+    assert float(found[1]) > 90
 
 
 # Resuming.

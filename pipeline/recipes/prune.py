@@ -152,7 +152,8 @@ def _told(
         taken = found[column].take(place.fill_null(0)).to_numpy().astype(np.float64)
         scores = np.where(np.asarray(pc.is_valid(place)), taken, np.nan)
     numbers = {shard.name: number for number, shard in enumerate(source.shards)}
-    lies_in = np.array([numbers[shard.name] for shard in facts.shards], np.int64)
+    # Samples that were taken up from quarantine lie in shards of their own.
+    lies_in = np.array([numbers.get(shard.name, -1) for shard in facts.shards], np.int64)
     return Told(
         keys,
         to_numpy(table["label"]).astype(np.int64) if "label" in table.column_names else None,

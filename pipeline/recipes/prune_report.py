@@ -52,7 +52,7 @@ class Told:
         scores: float64 (N,), NaN where there is none, or None.
         kept: bool (N,).
         bytes: int64 (N,), size of each image.
-        shards: int64 (N,), number of the source's shard that each lies in.
+        shards: int64 (N,), number of the source's shard that each lies in, -1 where in none.
         duplicates: a table with ``key``, ``of`` and ``kind``.
     """
 
@@ -224,7 +224,7 @@ def _pictures(told: Told, source: Source, config: PruneConfig, rows: Rows) -> di
     """The pictures of some rows, as networks see them; those that cannot be read are left out."""
     decode = Decode(config.image.size, config.image.channels)
     found = dict[int, Image8]()
-    wanted = np.unique(rows)
+    wanted = np.unique(rows[told.shards[rows] >= 0])
     for number in np.unique(told.shards[wanted]).tolist():
         here = wanted[told.shards[wanted] == number]
         keys = told.keys.take(pa.array(here)).to_pylist()

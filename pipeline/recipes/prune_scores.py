@@ -34,14 +34,12 @@ class ScoreKind:
     Attributes:
         group: scores that are made together.
         column: of the table.
-        labels: whether labels are needed.
-        trains: whether a training of our own is needed.
+        trains: whether it is of a training, so that weights cannot be given.
         means: what it is, in a sentence.
     """
 
     group: str
     column: str
-    labels: bool
     trains: bool
     means: str
 
@@ -51,54 +49,45 @@ SCORES = {
         "el2n",
         "el2n",
         True,
-        True,
         "distance of the class probabilities from the label, early in training",
     ),
-    "grand": ScoreKind(
-        "grand", "grand", True, True, "norm of the loss's gradient, early in training"
-    ),
+    "grand": ScoreKind("grand", "grand", True, "norm of the loss's gradient, early in training"),
     "forgetting": ScoreKind(
-        "dynamics", "forgetting", True, True, "how often it was learned and forgotten"
+        "dynamics", "forgetting", True, "how often it was learned and forgotten"
     ),
     "aum": ScoreKind(
         "dynamics",
         "aum",
         True,
-        True,
         "how far other classes' logits lie above the label's, mean over training",
     ),
-    "tdds": ScoreKind(
-        "dynamics", "tdds", True, True, "how unevenly its probabilities move in training"
-    ),
+    "tdds": ScoreKind("dynamics", "tdds", True, "how unevenly its probabilities move in training"),
     "margin": ScoreKind(
         "uncertainty",
         "margin",
         False,
-        False,
         "1 less the difference of the two largest class probabilities",
     ),
     "entropy": ScoreKind(
-        "uncertainty", "entropy", False, False, "entropy of the class probabilities, nats"
+        "uncertainty", "entropy", False, "entropy of the class probabilities, nats"
     ),
     "least-confidence": ScoreKind(
-        "uncertainty", "least-confidence", False, False, "1 less the largest class probability"
+        "uncertainty", "least-confidence", False, "1 less the largest class probability"
     ),
     "prototypes": ScoreKind(
         "prototypes",
         "distance",
-        False,
         False,
         "cosine distance of its features from the nearest cluster's centre",
     ),
     "supervised-prototypes": ScoreKind(
         "supervised-prototypes",
         "supervised-prototypes",
-        True,
         False,
         "cosine distance of its features from their class's mean",
     ),
     "moderate": ScoreKind(
-        "moderate", "moderate", True, False, "distance of its features from their class's median"
+        "moderate", "moderate", False, "distance of its features from their class's median"
     ),
 }
 
@@ -225,15 +214,13 @@ class Material:
         Raises:
             UsageError: labels or a network are missing, or weights are given that it cannot use.
         """
-        kind, labelled = SCORES[name], bool(self.data.train.classes)
-        weights = self.config.proxy.weights
-        if not labelled and (kind.labels or kind.trains or weights is None):
+        kind, weights = SCORES[name], self.config.proxy.weights
+        given = kind.group == "prototypes" and weights == "pretrained"
+        if not (self.data.train.classes or given):
             raise UsageError(
-                f"The score '{name}' needs labels"
-                + ("" if kind.labels else ", or a network that is given")
-                + ", and the data set has none.",
-                hint="Take --score prototypes with --backbone timm:NAME --weights pretrained, or "
-                "give a data set with labels.",
+                f"The score '{name}' cannot be made without labels, and the data set has none.",
+                hint="Take --score prototypes with a network that comes with its weights: "
+                "--backbone timm:NAME --weights pretrained; or give a data set with labels.",
                 code="no-labels",
             )
         if kind.trains and weights is not None:
