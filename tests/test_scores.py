@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from pipeline.backbones import build, embed
+from pipeline.clustering.sharded_kmeans import ShardedKMeans
 from pipeline.config import TrainConfig
 from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
 from pipeline.dataset_distill.squeeze import Squeeze
@@ -28,6 +29,7 @@ from pipeline.pruning import scores
 from pipeline.pruning.class_centres import ClassCentres
 from pipeline.pruning.gradients import grand
 from pipeline.stage import ShardContext
+from pipeline.stages.assign import Assign
 from pipeline.stages.embed import Embed
 from pipeline.stages.score import CentreDistances, Score
 from pipeline.storage.array_artifact import read_arrays
@@ -391,6 +393,10 @@ def test_distances_from_centres_of_features_say_how_hard_samples_are(
         el2n = to_numpy(score(fitted, "el2n")["el2n"])
         # Random numbers would give 0.
         assert spearmanr(wanted, el2n).statistic > 0.3
+    prototypes = run.rounds("k", ShardedKMeans(10, spherical=True), features, "feature")
+    assigned = [Assign(prototypes)(table, ShardContext("s", 0)) for table in tables]
+    distance = to_numpy(pa.concat_tables(assigned)["distance"])
+    assert spearmanr(distance, el2n).statistic > 0.3
 
 
 def test_images_whose_features_point_nowhere_are_set_aside(fitted: Any) -> None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.svm import LinearSVC
 
 from pipeline.errors import UsageError
 from pipeline.pruning.budget import Budget, class_counts, select
@@ -370,3 +371,36 @@ def test_features_that_are_missing_or_not_finite_are_refused(name: str) -> None:
     broken = np.array([[1.0], [np.nan], [2.0]], np.float32)
     with pytest.raises(UsageError, match="finite"):
         select(Pool(keys, scores, features=broken), selectors.get(name)(), Budget("share", 0.7))
+
+
+def student_error(samples: int, columns: int, side: Any, seed: int) -> float:
+    """Angle, in units of pi, between a teacher and the student that the kept samples make.
+
+    Inputs are normal, labels are the teacher's sign, a score is the closeness to its border.
+    """
+    rng = np.random.default_rng(seed)
+    teacher = rng.normal(size=columns)
+    teacher /= np.linalg.norm(teacher)
+    x = rng.normal(size=(samples, columns))
+    labels = (x @ teacher > 0).astype(np.int64)
+    keys = pa.array([f"{n:06d}" for n in range(samples)])
+    rows = select(Pool(keys, -np.abs(x @ teacher), labels), side, Budget("share", 0.3))
+    student = LinearSVC(C=1e3, fit_intercept=False, max_iter=20_000).fit(x[rows], labels[rows])
+    w = student.coef_[0] / np.linalg.norm(student.coef_)
+    return float(np.arccos(np.clip(w @ teacher, -1, 1)) / np.pi)
+
+
+@pytest.mark.filterwarnings("ignore:Liblinear failed")
+def test_hard_samples_are_worth_more_where_there_are_many_and_easy_ones_where_few() -> None:
+    """Sorscher et al., 2022: the sign turns with the number of samples for each parameter."""
+
+    def ratio(samples: int) -> float:
+        """Error of the student of easy samples over that of hard ones."""
+        easy, hard = (
+            np.mean([student_error(samples, 40, side, seed) for seed in range(8)])
+            for side in (Easy(), Hard())
+        )
+        return float(easy / hard)
+
+    assert ratio(60) < 0.95
+    assert ratio(3000) > 1.3
