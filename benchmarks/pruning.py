@@ -55,7 +55,7 @@ from pipeline.storage.source import Shard, Source
 from pipeline.tensors import tensor_column
 
 SAVINGS = (0.3, 0.5, 0.7)
-BATCH = 128
+BATCH = 100
 WIDTHS = (16, 32, 64)
 targets: list[dict[str, Any]] = []
 
@@ -172,7 +172,9 @@ def train(job: Job) -> dict[str, Any]:
     sampler = sampler_of(job, y.cpu().numpy())
     total = job.epochs * len(y) - round(job.saving * job.epochs * len(y))
     published = "published" in job.arm
-    batches = math.ceil(total / BATCH)
+    batches = total // BATCH
+    if not published and job.arm != CONTROL:
+        batches = sum(length // BATCH for length in sampler.lengths)
     optimizer = torch.optim.SGD(
         model.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
@@ -182,7 +184,8 @@ def train(job: Job) -> dict[str, Any]:
         rows = torch.from_numpy(np.fromiter(sampler, np.int64))
         if not published:
             rows = rows[: total - seen]
-        for batch in rows.split(BATCH):
+        # A small batch at the end of an epoch would spoil the statistics of BatchNorm.
+        for batch in rows[: len(rows) // BATCH * BATCH].split(BATCH):
             # Of paper forms nobody knows how long they will be: a cosine over the epochs.
             at = (epoch + done / 1e9) / sampler.epochs if published else done / batches
             for group in optimizer.param_groups:

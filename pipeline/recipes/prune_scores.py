@@ -27,6 +27,10 @@ from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.source import Source
 
 
+KMEANS = 25
+"""Iterations of k-means at most: prototypes need no more."""
+
+
 @dataclass(frozen=True)
 class ScoreKind:
     """A score as a column of a table.
@@ -157,7 +161,7 @@ class Material:
         """Centres of clusters of features."""
         rows = self.features.artifact.manifest["counts"]["out"]
         count = self.config.prototypes or len(self.data.train.classes) or min(1000, rows // 20)
-        task = ShardedKMeans(max(count, 2), spherical=True)
+        task = ShardedKMeans(max(count, 2), spherical=True, max_iter=KMEANS)
         return self.run.rounds("prototypes", task, self.features, "feature")
 
     @cached_property
