@@ -330,7 +330,8 @@ def test_without_labels_a_network_has_to_be_given(
 
 def test_a_plan_names_the_steps_and_does_nothing(tmp_path: Path) -> None:
     found = plan("prune", "digits", out=tmp_path / "new", config={**FAST, "keep": 0.5})
-    assert [step["step"] for step in found["steps"]] == ["facts"]
+    steps = [step["step"] for step in found["steps"]]
+    assert steps == ["facts", "train", "early", "scores"]
     assert found["until"] == "facts"
     assert not (tmp_path / "new").exists()
 

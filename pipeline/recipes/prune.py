@@ -24,7 +24,7 @@ from pipeline.recipes.prune_duplicates import find_duplicates
 from pipeline.recipes.prune_report import Told, report
 from pipeline.recipes.prune_scores import SCORES, Material
 from pipeline.stages.fingerprint import Fingerprint, Sizes
-from pipeline.storage.artifact import ArtifactSource
+from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.selected import SelectedSource
 from pipeline.storage.source import Source, TableSource
@@ -48,16 +48,15 @@ def prune(run: Run, data: Dataset, config: PruneConfig) -> dict[str, Any]:
     facts = run.map("facts", data.train, [look], to=ParquetFormat())
     # A budget that the data do not hold is refused now, and not when networks have been trained.
     run.require(lambda: plan.budget.count(_rows(facts), _sizes(facts)))
-    table = _read(facts)
-    duplicates = find_duplicates(material, table)
-    products = {}
-    if config.dedup:
-        table_of = TableSource((("duplicates", duplicates.table),))
-        products["duplicates"] = run.map("duplicates", table_of, [], to=ParquetFormat()).artifact
-    scored = None
+    products, scored, model = dict[str, Artifact](), None, None
     if plan.score:
         scored, model = material.scores(plan.score)
         products["scores"] = scored.artifact
+    table = _read(facts)
+    duplicates = find_duplicates(material, table)
+    if config.dedup:
+        table_of = TableSource((("duplicates", duplicates.table),))
+        products["duplicates"] = run.map("duplicates", table_of, [], to=ParquetFormat()).artifact
 
     told = _told(table, scored, plan, duplicates.table, data.train, facts)
     pool = _pool(material, plan, told)
@@ -84,7 +83,7 @@ def prune(run: Run, data: Dataset, config: PruneConfig) -> dict[str, Any]:
         "dataset": data.name,
         "classes": list(classes),
         "score": plan.score,
-        "model": (model if isinstance(model, str) else model.identity) if plan.score else None,
+        "model": model.identity if isinstance(model, Artifact) else model,
         "why": choice.why,
         "pilots": choice.pilots,
         "recall": duplicates.recall,

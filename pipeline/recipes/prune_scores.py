@@ -26,7 +26,6 @@ from pipeline.storage.models import UNIT
 from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.source import Source
 
-
 KMEANS = 25
 """Iterations of k-means at most: prototypes need no more."""
 
