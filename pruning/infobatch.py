@@ -20,7 +20,6 @@ from pipeline.pruning.sampler import (
     active_epochs,
     check_share,
     even_parts,
-    known,
 )
 
 _MOST = 0.9
@@ -99,7 +98,7 @@ class InfoBatch(DynamicSampler):
         self._border, self._inclusive, self._low, self._kept = -np.inf, False, 0, 0
         if epoch >= self._active:
             return flags
-        count, total, least, greatest = known(self._before)
+        count, total, least, greatest = _known(self._before)
         if self._lengths is None:
             if count and least < greatest:
                 self._border = total / count
@@ -135,6 +134,19 @@ class InfoBatch(DynamicSampler):
             _mark_low(self._before[rows], self._border, self._inclusive, some)
             weights[some] = self._low / self._kept
         return weights
+
+
+@compiled
+def _known(losses: Any) -> tuple[int, float, float, float]:
+    """Of the losses that are not NaN: their number, sum (float64), least and greatest."""
+    count, total, low, high = 0, 0.0, np.inf, -np.inf
+    for i in range(losses.shape[0]):
+        loss = np.float64(losses[i])
+        if not np.isnan(loss):
+            count += 1
+            total += loss
+            low, high = min(low, loss), max(high, loss)
+    return count, total, low, high
 
 
 @compiled

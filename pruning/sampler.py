@@ -13,7 +13,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from pipeline.clustering.compiled import compiled
 from pipeline.digest import seed_for
 from pipeline.errors import UsageError
 from pipeline.pruning.draws import shuffled
@@ -321,19 +320,6 @@ def even_parts(total: int, parts: int) -> list[int]:
     """A whole number in so many whole parts that differ by 1 at most."""
     edges = [total * part // parts for part in range(parts + 1)]
     return [hi - lo for lo, hi in pairwise(edges)]
-
-
-@compiled
-def known(losses: Any) -> tuple[int, float, float, float]:
-    """Of the losses that are not NaN: their number, sum (float64), least and greatest."""
-    count, total, low, high = 0, 0.0, np.inf, -np.inf
-    for i in range(losses.shape[0]):
-        loss = np.float64(losses[i])
-        if not np.isnan(loss):
-            count += 1
-            total += loss
-            low, high = min(low, loss), max(high, loss)
-    return count, total, low, high
 
 
 def _numbered(keys: Sequence[str] | pa.Array) -> dict[str, int]:
