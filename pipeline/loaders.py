@@ -140,7 +140,7 @@ def open(  # noqa: A001
     if artifact.manifest["kind"] != "pruned":
         raise UsageError(
             f"This folder holds '{artifact.manifest['kind']}', which is no training set.",
-            hint="Give the output folder of a run of 'distill' or 'prune'.",
+            hint="Give the output folder of the whole run, of 'distill' or 'prune'.",
             code="not-a-run",
             where=str(path),
         )
