@@ -144,8 +144,8 @@ def choose(material: Material, plan: Plan, pool: Pool, samples: int) -> Choice:
         seed=seed,
         classes=material.data.train.classes,
     )
-    if len(rows) == len(pool) < samples:
-        why = "All that is no duplicate is kept."
+    if len(rows) == len(pool):
+        why = "All that is no duplicate is kept." if config.dedup else "All samples are kept."
     return Choice(rows, why or f"They are chosen by the selector '{name}'.", told)
 
 
