@@ -235,7 +235,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
     if torch.cuda.is_available() and not options.quick:
         sizes = {"fashion_mnist": (60_000, 30), "cifar10": (20_000, 60)}
     if options.quick:
-        sizes = dict.fromkeys(sizes, (1000, 16))
+        sizes = dict.fromkeys(sizes, (500, 16))
     for dataset, (samples, epochs) in sizes.items():
         base = {"data": str(options.data), "dataset": dataset, "samples": samples, "tested": tested}
         for seed in seeds:
@@ -477,7 +477,7 @@ def sorscher(options: argparse.Namespace) -> None:
     if options.data is None:
         print("sorscher: --data is not given, left out")
         return
-    sizes = (500, 4000) if options.quick else (1000, 30_000)
+    sizes = (200, 1000) if options.quick else (1000, 30_000)
     seeds = range(2 if options.quick else 3)
     wanted = [
         (str(options.data), size, side, seed)
@@ -567,7 +567,7 @@ ALONE: dict[str, Callable[..., dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, default=os.environ.get("PIPELINE_DATA"))
-    parser.add_argument("--quick", action="store_true", help="two seeds of 1,000 samples")
+    parser.add_argument("--quick", action="store_true", help="two seeds of 500 samples, and so on")
     parser.add_argument("--json", action="store_true", help="end with a line of JSON")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part; all unless given")
     parser.add_argument("--out", type=Path, help="results of trainings, a line of JSON each")
