@@ -8,8 +8,7 @@ their published settings (SeTa: 10 % at random, 5 groups, window 0.6; InfoBatch:
 anneal for the last eighth); none was tuned here. Their paper forms save what they happen to save.
 
 ``select``: 10^7 losses to an epoch's samples on one core, beside scikit-learn's k-means on all of
-them. ``static``: features of 10^6 samples to a selection, through the steps of a run. ``sorscher``:
-whether hard or easy samples are worth keeping, with few and with many.
+them. ``static``: features of 10^6 samples to a selection, through the steps of a run.
 
 Peers, from PyPI: scikit-learn.
 
@@ -48,8 +47,7 @@ from pipeline.pruning.dynamic_random import DynamicRandom
 from pipeline.pruning.infobatch import InfoBatch
 from pipeline.pruning.pool import Pool
 from pipeline.pruning.sampler import DynamicSampler
-from pipeline.pruning.scores import el2n
-from pipeline.pruning.selectors import Easy, Hard
+from pipeline.pruning.selectors import Hard
 from pipeline.pruning.seta import SeTa
 from pipeline.storage.source import Shard, Source
 from pipeline.tensors import tensor_column
@@ -472,90 +470,10 @@ def static(options: argparse.Namespace) -> None:
     target("its memory over that of a quarter of the samples (x)", 1.5, ratio, most=True)
 
 
-def sorscher(options: argparse.Namespace) -> None:
-    """Hard or easy, with few samples and with many, of Fashion-MNIST at 30 % kept."""
-    if options.data is None:
-        print("sorscher: --data is not given, left out")
-        return
-    sizes = (200, 1000) if options.quick else (1000, 30_000)
-    seeds = range(2 if options.quick else 3)
-    wanted = [
-        (str(options.data), size, side, seed)
-        for size in sizes
-        for side in ("hard", "easy", "random")
-        for seed in seeds
-    ]
-    workers = 1 if torch.cuda.is_available() else options.processes
-    with ProcessPoolExecutor(workers) as pool:
-        found = dict(zip(wanted, pool.map(keep_one_side, wanted), strict=True))
-    means = {}
-    for size in sizes:
-        for side in ("hard", "easy", "random"):
-            values = [found[str(options.data), size, side, seed] for seed in seeds]
-            means[size, side] = statistics.fmean(values)
-            print(
-                f"{size:7,} samples, {side:6} 30% kept: {means[size, side]:.2f} ± "
-                f"{statistics.stdev(values):.2f} %"
-            )
-    few, many = sizes
-    target(f"easy less hard with {few} (points)", 0, means[few, "easy"] - means[few, "hard"])
-    target(f"hard less easy with {many} (points)", 0, means[many, "hard"] - means[many, "easy"])
-
-
-def keep_one_side(what: tuple[str, int, str, int]) -> float:
-    """Accuracy of a training on the hard, the easy or random samples, by EL2N of three runs."""
-    data, size, side, seed = what
-    torch.set_num_threads(1)
-    job = Job(data, "fashion_mnist", side, 0.0, seed, 12, size)
-    x, y, tx, ty = load(job)
-    score = np.zeros(size)
-    for run in range(3 if side != "random" else 0):
-        # Early in training, whatever the size: some hundred steps.
-        model = fit(x, y, max(2, 300 * BATCH // size), 1000 * seed + run)
-        outputs = [model.eval()(part) for part in x.split(500)]
-        with torch.inference_mode():
-            score += el2n(torch.cat(outputs), y).numpy()
-    labels = y.numpy()
-    if side == "random":
-        rows = np.flatnonzero(balanced(labels, round(0.3 * size), seed))
-    else:
-        keys = pa.array([f"{row:06d}" for row in range(size)])
-        selector = Hard() if side == "hard" else Easy()
-        rows = select(Pool(keys, score, labels), selector, Budget("share", 0.3))
-    chosen = torch.from_numpy(rows)
-    # As many steps for few samples as for many would be thousands of epochs.
-    epochs = 60 if size < 5000 else 12
-    return accuracy(fit(x[chosen], y[chosen], epochs, seed), tx, ty)
-
-
-def fit(x: torch.Tensor, y: torch.Tensor, epochs: int, seed: int) -> torch.nn.Module:
-    """A small network, trained in the usual way."""
-    torch.manual_seed(seed)
-    model = ConvNet(10, x.shape[1], WIDTHS).to(memory_format=torch.channels_last)
-    steps = epochs * math.ceil(len(y) / BATCH)
-    optimizer = torch.optim.SGD(
-        model.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(y), generator=generator).split(BATCH):
-            images = shifted(x[batch], x.shape[2] // 10, generator)
-            loss = F.cross_entropy(
-                model(images.contiguous(memory_format=torch.channels_last)), y[batch]
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model
-
-
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": trainings,
     "select": select_epochs,
     "static": static,
-    "sorscher": sorscher,
 }
 ALONE: dict[str, Callable[..., dict[str, Any]]] = {
     "choose_epochs": choose_epochs,
