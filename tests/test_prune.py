@@ -158,6 +158,24 @@ def test_selectors_are_given_what_they_need(tmp_path: Path, selector: str) -> No
     assert ("scores" in summary["products"]) == (selector == "d2")
 
 
+@pytest.mark.parametrize(
+    ("keep", "kept"), [(300, 300), ("300", 300), (0.25, 449), ("25%", 449), ("20kB", 312)]
+)
+def test_a_budget_is_a_number_a_share_or_bytes(tmp_path: Path, keep: Any, kept: int) -> None:
+    summary = prune(tmp_path, keep=keep, selector="random")
+    assert summary["counts"]["kept"] == kept
+    # Shards of which nothing is kept are none the less read.
+    assert len({key for _, _, key in pipeline.open(tmp_path)}) == kept
+
+
+def test_what_is_kept_whole_needs_no_score_and_no_features(tmp_path: Path) -> None:
+    summary = prune(tmp_path, keep=1.0, selector="d2")
+    assert summary["counts"]["kept"] == 1797
+    assert list(summary["products"]) == ["selection"]
+    tiny = prune(tmp_path / "tiny", keep=10, selector="random")
+    assert tiny["counts"]["kept"] == 10 == len(list(pipeline.open(tmp_path / "tiny")))
+
+
 # Duplicates.
 
 

@@ -47,7 +47,8 @@ def prune(run: Run, data: Dataset, config: PruneConfig) -> dict[str, Any]:
     look = Fingerprint() if pixels else Sizes()
     facts = run.map("facts", data.train, [look], to=ParquetFormat())
     # A budget that the data do not hold is refused now, and not when networks have been trained.
-    run.require(lambda: plan.budget.count(_rows(facts), _sizes(facts)))
+    if plan.budget.kind == "count":
+        run.require(lambda: plan.budget.count(facts.artifact.manifest["counts"]["out"]))
     products, scored, model = dict[str, Artifact](), None, None
     if plan.score:
         scored, model = material.scores(plan.score)
@@ -103,14 +104,6 @@ def prune(run: Run, data: Dataset, config: PruneConfig) -> dict[str, Any]:
         "products": {role: str(artifact.store) for role, artifact in products.items()},
         "report": f"{run.out}/report.html",
     }
-
-
-def _rows(facts: ArtifactSource) -> int:
-    return int(facts.artifact.manifest["counts"]["out"])
-
-
-def _sizes(facts: ArtifactSource) -> np.ndarray:
-    return to_numpy(_read(facts)["bytes"])
 
 
 def _read(facts: ArtifactSource) -> pa.Table:

@@ -54,15 +54,16 @@ class Plan:
         Raises:
             UsageError: the budget is none, or pilot runs are asked for without labels.
         """
-        keep, selector = str(config.keep), cast("str | None", config.selector)
+        keep, selector = config.keep, cast("str | None", config.selector)
         if keep == AUTO:
-            keep, selector = str(PruneConfig.model_fields["keep"].default), AUTO
-        budget = Budget.parse(keep)
+            keep, selector = PruneConfig.model_fields["keep"].default, AUTO
+        # Of 1 and 1.0 the first is a number of samples, the second a share.
+        budget = Budget.parse(f"{keep:.12f}" if isinstance(keep, float) else str(keep))
         if selector is None:
             selector = "band" if config.score == "moderate" else AUTO if labelled else "hard"
         all_of_it = budget == Budget("share", 1.0)
-        if all_of_it and selector == AUTO:
-            selector = "hard"
+        if all_of_it:
+            selector = "hard"  # they all keep the same
         if selector == AUTO and not labelled:
             raise UsageError(
                 "Whether hard or easy samples are kept is found by training on labels, and the "

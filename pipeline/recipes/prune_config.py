@@ -29,7 +29,7 @@ Kind = Literal["exact", "near", "semantic"]
 class PruneConfig(Config):
     """Configuration of the recipe ``prune``."""
 
-    keep: float | str = Field(
+    keep: int | float | str = Field(
         0.7, description="a share, a count, or bytes such as 2GB; 'auto' is selector: auto"
     )
     score: ScoreName | None = Field(

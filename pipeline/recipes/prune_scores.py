@@ -158,8 +158,9 @@ class Material:
     @cached_property
     def prototypes(self) -> Artifact:
         """Centres of clusters of features."""
-        rows = self.features.artifact.manifest["counts"]["out"]
-        count = self.config.prototypes or len(self.data.train.classes) or min(1000, rows // 20)
+        count = self.config.prototypes or len(self.data.train.classes)
+        if not count:
+            count = min(1000, self.features.artifact.manifest["counts"]["out"] // 20)
         task = ShardedKMeans(max(count, 2), spherical=True, max_iter=KMEANS)
         return self.run.rounds("prototypes", task, self.features, "feature")
 
