@@ -24,7 +24,6 @@ class Herding:
     """
 
     name: ClassVar[str] = "herding"
-    version: ClassVar[int] = 1
     per_class: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("features",)
 
@@ -44,7 +43,6 @@ class KCenter:
     """
 
     name: ClassVar[str] = "k-center"
-    version: ClassVar[int] = 1
     per_class: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("features",)
 

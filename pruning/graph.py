@@ -35,7 +35,6 @@ class D2:
     beta: float = 0.0
 
     name: ClassVar[str] = "d2"
-    version: ClassVar[int] = 1
     per_class: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("scores", "features")
 

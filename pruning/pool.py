@@ -56,9 +56,7 @@ class Pool:
     @cached_property
     def by_key(self) -> Rows:
         """The place of each row in the order of keys: int64 (N,)."""
-        places = np.empty(len(self), np.int64)
-        places[np.asarray(pc.sort_indices(self.keys), np.int64)] = np.arange(len(self))
-        return places
+        return key_places(self.keys)
 
     def classes(self) -> list[Rows]:
         """The rows of each class that has some, by label; all where there are no labels."""
@@ -99,6 +97,13 @@ class Pool:
                 hint="Give every sample a key of its own.",
                 code="duplicate-keys",
             )
+
+
+def key_places(keys: pa.Array) -> Rows:
+    """The place of each key among all in order: int64 (N,)."""
+    places = np.empty(len(keys), np.int64)
+    places[np.asarray(pc.sort_indices(keys), np.int64)] = np.arange(len(keys))
+    return places
 
 
 def key_numbers(keys: pa.Array, seed: int) -> npt.NDArray[np.float64]:

@@ -19,13 +19,11 @@ class Selector(Protocol):
 
     Attributes:
         name: as in :data:`selectors`.
-        version: raised whenever it ranks otherwise.
         per_class: whether it is asked for each class apart.
         needs: attributes of the pool that have to be there.
     """
 
     name: ClassVar[str]
-    version: ClassVar[int]
     per_class: ClassVar[bool]
     needs: ClassVar[tuple[str, ...]]
 
@@ -38,7 +36,6 @@ class Hard:
     """The highest scores."""
 
     name: ClassVar[str] = "hard"
-    version: ClassVar[int] = 1
     per_class: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("scores",)
 
@@ -51,7 +48,6 @@ class Easy:
     """The lowest scores."""
 
     name: ClassVar[str] = "easy"
-    version: ClassVar[int] = 1
     per_class: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("scores",)
 
@@ -68,7 +64,6 @@ class Band:
     """
 
     name: ClassVar[str] = "band"
-    version: ClassVar[int] = 1
     per_class: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("scores",)
 
@@ -97,7 +92,6 @@ class Ccs:
     strata: int = 50
 
     name: ClassVar[str] = "ccs"
-    version: ClassVar[int] = 1
     per_class: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("scores",)
 
@@ -140,7 +134,6 @@ class Random:
     """Equally many of each class at random, of others more where one has fewer: the baseline."""
 
     name: ClassVar[str] = "random"
-    version: ClassVar[int] = 1
     per_class: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.clustering.checks import unit_rows
+from pipeline.pruning.pool import key_places
 from pipeline.tensors import to_numpy
 
 Floats = npt.NDArray[np.float32]
@@ -26,9 +27,7 @@ Rows = npt.NDArray[np.int64]
 
 def order_of(distances: Floats, keys: pa.Array) -> Rows:
     """Rows in the order of the whole set: the furthest from its centre first, then by key."""
-    by_key = np.empty(len(keys), np.int64)
-    by_key[np.asarray(pc.sort_indices(keys), np.int64)] = np.arange(len(keys))
-    return np.lexsort((by_key, -distances))
+    return np.lexsort((key_places(keys), -distances))
 
 
 def earlier_similarity(x: Floats, block: int = 1024) -> tuple[Floats, Rows]:
@@ -149,9 +148,7 @@ def estimate_recall(
         others = unit_rows(np.ascontiguousarray(_features(table)))
         far, names = np.asarray(table["distance"]), table["key"].combine_chunks()
         # Earlier: further from its centre, or as far with an earlier key.
-        every = pa.concat_arrays([keys, names])
-        places = np.empty(len(every), np.int64)
-        places[np.asarray(pc.sort_indices(every), np.int64)] = np.arange(len(every))
+        places = key_places(pa.concat_arrays([keys, names]))
         own, theirs = places[: len(keys)], places[len(keys) :]
         same = np.asarray(pc.index_in(keys, names).fill_null(-1), np.int64)
         earlier = (far[None] > distances[:, None]) | (

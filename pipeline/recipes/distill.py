@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,7 +27,7 @@ from pipeline.orchestration.fit import Fit
 from pipeline.orchestration.run import Run
 from pipeline.recipes import Recipe
 from pipeline.recipes.distill_report import evaluation_table, report
-from pipeline.recipes.teacher import teacher_task
+from pipeline.recipes.teacher import portable, teacher_task
 from pipeline.stages.decode import Decode
 from pipeline.stages.recover import Recover
 from pipeline.stages.relabel import Relabel
@@ -130,7 +129,7 @@ def distill(run: Run, data: Dataset, config: DistillConfig) -> dict[str, Any]:
         "dataset": data.name,
         "classes": list(classes),
         "evaluation": table,
-        "config": _portable(config),
+        "config": portable(config, "teacher"),
         "seed": run.seed,
     }
     if not run.published("distilled", products):
@@ -259,14 +258,6 @@ def defaults(data: Dataset) -> dict[str, Any]:
     if image["size"] <= 64:
         preset = data.name if data.info and data.name in PRESETS else "cifar10"
         values = merge(merge(values, SMALL), PRESETS[preset])
-    return values
-
-
-def _portable(config: DistillConfig) -> Mapping[str, Any]:
-    """The configuration as a manifest holds it: a path on one machine says nothing on another."""
-    values = config.model_dump(mode="json")
-    if config.teacher.weights:
-        values["teacher"]["weights"] = Path(config.teacher.weights).name
     return values
 
 

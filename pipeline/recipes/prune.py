@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from pipeline.recipes.prune_config import PruneConfig
 from pipeline.recipes.prune_duplicates import find_duplicates
 from pipeline.recipes.prune_report import Told, report
 from pipeline.recipes.prune_scores import SCORES, Material
+from pipeline.recipes.teacher import portable
 from pipeline.stages.fingerprint import Fingerprint, Sizes
 from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.parquet import ParquetFormat
@@ -90,7 +89,7 @@ def prune(run: Run, data: Dataset, config: PruneConfig) -> dict[str, Any]:
         "recall": duplicates.recall,
         "sweep": duplicates.sweep,
         "counts": counts,
-        "config": _portable(config),
+        "config": portable(config, "proxy"),
         "seed": run.seed,
     }
     if not run.published("pruned", products):
@@ -188,14 +187,6 @@ def defaults(data: Dataset) -> dict[str, Any]:
         "image": merge(image, {"size": min(image["size"], SIDE)}),
         "proxy": {"backbone": SMALL_NETWORK, "train": train},
     }
-
-
-def _portable(config: PruneConfig) -> Mapping[str, Any]:
-    """The configuration as a manifest holds it: a path on one machine says nothing on another."""
-    values = config.model_dump(mode="json")
-    if config.proxy.weights:
-        values["proxy"]["weights"] = Path(config.proxy.weights).name
-    return values
 
 
 RECIPE = Recipe(PruneConfig, defaults, prune)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.digest import canonical
 from pipeline.testing.pickled import pickled
 
 Rows = npt.NDArray[np.int64]
@@ -20,7 +18,7 @@ def check_selector(selector: Any, pool: Any, select: Callable[[Any, Any, int, in
     """Run every check of this module.
 
     Args:
-        selector: a frozen dataclass with ``name``, ``version``, ``per_class``, ``needs`` and
+        selector: a frozen dataclass with ``name``, ``per_class``, ``needs`` and
             ``rank(pool, count, seed)``.
         pool: some hundred samples of three classes or more: ``keys``, ``labels``, ``take``.
         select: takes pool, selector, a number of samples and a seed; gives the rows kept.
@@ -46,11 +44,9 @@ def check_selector(selector: Any, pool: Any, select: Callable[[Any, Any, int, in
 def check_identity(selector: Any) -> None:
     """It is a frozen dataclass of plain values, with all that its contract names."""
     assert dataclasses.is_dataclass(type(selector)), "a selector is a dataclass"
-    assert isinstance(selector.version, int), "a selector has a version"
     assert isinstance(selector.per_class, bool), "it says whether it is asked for each class"
     assert isinstance(selector.name, str), "a selector has a name"
     assert set(selector.needs) <= {"scores", "labels", "features"}, "it names what it needs"
-    json.dumps(canonical(selector), allow_nan=False)
 
 
 def check_classes(pool: Any, rows: Rows) -> None:
