@@ -96,7 +96,7 @@ class Whole(DynamicSampler):
 
     def __init__(self, samples: int, epochs: int, part: Any, seed: int) -> None:
         self._part = part
-        super().__init__(samples, epochs, saving=None, seed=seed, rank=0, world=1, drop_last=False)
+        super().__init__(samples, epochs, {}, seed=seed)
 
     def _planned(self) -> list[int]:
         return [int(self._part.sum())] * self.epochs

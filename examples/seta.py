@@ -26,9 +26,9 @@ model = ConvNet(10, 1, (16, 32, 64))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 sampler = SeTa(len(train), EPOCHS, window=0.6, saving=0.5)
-loader = DataLoader(train, batch_size=64, sampler=sampler)
+loader = DataLoader(train, batch_size=64, sampler=sampler, drop_last=True)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-    optimizer, sum(-(-length // 64) for length in sampler.lengths)
+    optimizer, sum(length // 64 for length in sampler.lengths)
 )
 for _ in range(EPOCHS):
     for x, y, row in loader:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.pruning.draws import draw
-from pipeline.pruning.sampler import DynamicSampler, Flags, Losses, Rows, check_share
+from pipeline.pruning.sampler import Common, DynamicSampler, Flags, Losses, Rows
 
 
 class DynamicRandom(DynamicSampler):
@@ -20,25 +21,18 @@ class DynamicRandom(DynamicSampler):
     Args:
         samples: as for :class:`~pipeline.pruning.sampler.DynamicSampler`.
         epochs: of the whole training.
-        saving: share that is left out; every epoch has as many samples, to one.
-        seed, rank, world, drop_last: as for the base.
+        common: options that all samplers have. Half of the samples are left out where ``saving``
+            is not given; every epoch has as many, to one.
     """
 
     def __init__(
         self,
         samples: int | Sequence[str] | pa.Array,
         epochs: int,
-        *,
-        saving: float = 0.5,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        drop_last: bool = False,
+        **common: Unpack[Common],
     ) -> None:
-        check_share("saving", saving, 1)
-        super().__init__(
-            samples, epochs, saving=saving, seed=seed, rank=rank, world=world, drop_last=drop_last
-        )
+        options: Common = {"saving": 0.5, **common}
+        super().__init__(samples, epochs, {}, **options)
 
     def _planned(self) -> list[int]:
         return self._even_lengths()

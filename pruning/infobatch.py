@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,7 @@ from pipeline.clustering.compiled import compiled
 from pipeline.errors import UsageError
 from pipeline.pruning.draws import draw
 from pipeline.pruning.sampler import (
+    Common,
     DynamicSampler,
     Flags,
     Losses,
@@ -43,7 +44,7 @@ class InfoBatch(DynamicSampler):
         epochs: of the whole training.
         prune: share of the low samples that is left out, 0 to 0.9; not used with ``saving``.
         anneal: share of the epochs after which all samples are seen, with weight 1.
-        saving, seed, rank, world, drop_last: as for the base.
+        common: options that all samplers have.
     """
 
     def __init__(
@@ -53,27 +54,14 @@ class InfoBatch(DynamicSampler):
         *,
         prune: float = 0.5,
         anneal: float = 0.875,
-        saving: float | None = None,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        drop_last: bool = False,
+        **common: Unpack[Common],
     ) -> None:
         check_share("prune", prune, _MOST)
         check_share("anneal", anneal, 1)
         self.prune, self._active = prune, active_epochs(epochs, anneal)
         self._border, self._inclusive, self._low, self._kept = -np.inf, False, 0, 0
-        super().__init__(
-            samples,
-            epochs,
-            saving=saving,
-            seed=seed,
-            rank=rank,
-            world=world,
-            drop_last=drop_last,
-            prune=prune,
-            anneal=anneal,
-        )
+        method = {"prune": prune, "anneal": anneal}
+        super().__init__(samples, epochs, method, **common)
 
     def _planned(self) -> list[int] | None:
         if self.saving is None:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,16 @@ _PIECE = 2**16
 """Rows that are made Python numbers at a time."""
 
 
+class Common(TypedDict, total=False):
+    """Options that all samplers have; see :class:`DynamicSampler`."""
+
+    saving: float | None
+    seed: int
+    rank: int
+    world: int
+    drop_last: bool
+
+
 class DynamicSampler(ABC):
     """A sampler over N samples that remembers the last loss of each.
 
@@ -35,6 +45,7 @@ class DynamicSampler(ABC):
     Args:
         samples: N, or N distinct keys.
         epochs: of the whole training.
+        method: options of the method: a state belongs to samplers that have the same.
         saving: share of the N x ``epochs`` samples that is left out in all. The length of every
             epoch then follows from this number, to the sample, and the method chooses which.
         seed: of everything random.
@@ -52,13 +63,13 @@ class DynamicSampler(ABC):
         self,
         samples: int | Sequence[str] | pa.Array,
         epochs: int,
+        method: Mapping[str, Any],
         *,
-        saving: float | None,
-        seed: int,
-        rank: int,
-        world: int,
-        drop_last: bool,
-        **options: Any,
+        saving: float | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = False,
     ) -> None:
         self._rows_of = None if isinstance(samples, int) else _numbered(samples)
         self.samples = samples if isinstance(samples, int) else len(samples)
@@ -67,7 +78,7 @@ class DynamicSampler(ABC):
         _check(saving is None or 0 <= saving < 1, "The share saved is from 0 to 1.", "saving")
         self.epochs, self.saving, self.seed = epochs, saving, seed
         self.rank, self.world, self.drop_last = rank, world, drop_last
-        self._options = {"saving": saving, "seed": seed, **options}
+        self._options = {"saving": saving, "seed": seed, **method}
         self._epoch, self._position, self._goes_on = -1, 0, False
         # NaN: not seen yet. An epoch's choice is made of the losses that it begins with.
         self._before = np.full(self.samples, np.nan, np.float32)

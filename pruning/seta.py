@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from pipeline.clustering.kmeans_1d import KMeans1D
 from pipeline.errors import UsageError
 from pipeline.pruning.draws import draw
 from pipeline.pruning.sampler import (
+    Common,
     DynamicSampler,
     Flags,
     Losses,
@@ -56,7 +57,7 @@ class SeTa(DynamicSampler):
         window: share of the groups that an epoch trains on; at least one.
         anneal: share of the epochs after which the window is over.
         unbiased: weigh losses; not with ``saving``, which changes how often a sample is seen.
-        saving, seed, rank, world, drop_last: as for the base.
+        common: options that all samplers have.
     """
 
     def __init__(
@@ -69,16 +70,12 @@ class SeTa(DynamicSampler):
         window: float = 0.9,
         anneal: float = 0.875,
         unbiased: bool = False,
-        saving: float | None = None,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        drop_last: bool = False,
+        **common: Unpack[Common],
     ) -> None:
         check_share("prune", prune, 0.99)
         check_share("window", window, 1)
         check_share("anneal", anneal, 1)
-        if groups < 1 or (unbiased and saving is not None):
+        if groups < 1 or (unbiased and common.get("saving") is not None):
             raise UsageError(
                 "SeTa needs at least one group, and no weights are known for epochs of a length "
                 "that is given.",
@@ -88,20 +85,14 @@ class SeTa(DynamicSampler):
         self.prune, self.groups, self.window = prune, groups, window
         self.unbiased, self._active = unbiased, active_epochs(epochs, anneal)
         self._borders: Doubles | None = None
-        super().__init__(
-            samples,
-            epochs,
-            saving=saving,
-            seed=seed,
-            rank=rank,
-            world=world,
-            drop_last=drop_last,
-            prune=prune,
-            groups=groups,
-            window=window,
-            anneal=anneal,
-            unbiased=unbiased,
-        )
+        method = {
+            "prune": prune,
+            "groups": groups,
+            "window": window,
+            "anneal": anneal,
+            "unbiased": unbiased,
+        }
+        super().__init__(samples, epochs, method, **common)
 
     @property
     def _drawn(self) -> int:
