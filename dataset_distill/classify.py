@@ -11,25 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.dataset_distill.config import ImageConfig
-from pipeline.dataset_distill.views import normalise
+from pipeline.dataset_distill.views import Pictures
+from pipeline.device import in_batches
 from pipeline.digest import seed_for
 from pipeline.tensors import to_numpy
-
-EVAL_BATCH = 500
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images (N, C, S, S) float32, normalised, and labels (N,) int64, on one device."""
+    """N images and labels (N,) int64, on one device."""
 
-    images: Tensor
+    images: Pictures
     labels: Tensor
 
     @classmethod
     def of(cls, table: pa.Table, image: ImageConfig, device: torch.device) -> LabelledImages:
         """From a table with a uint8 tensor column ``image`` and an int column ``label``."""
         labels = torch.from_numpy(to_numpy(table["label"]).astype("int64"))
-        return cls(normalise(to_numpy(table["image"]), image, device), labels.to(device))
+        return cls(Pictures.of(to_numpy(table["image"]), image, device), labels.to(device))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,9 +51,11 @@ def _order(rows: int, seed: int, epoch: int, device: torch.device) -> Tensor:
 
 def accuracy(model: nn.Module, data: LabelledImages) -> dict[str, Any]:
     """Top-1 accuracy in percent, and the number of images it was measured on."""
-    batches = zip(
-        torch.split(data.images, EVAL_BATCH), torch.split(data.labels, EVAL_BATCH), strict=True
-    )
-    hits = [(model(x).argmax(1) == y).sum() for x, y in batches]
-    correct = int(torch.stack(hits).sum())
+
+    def hits(rows: Tensor) -> Tensor:
+        answers: Tensor = model(data.images.take(rows)).argmax(1)
+        return answers == data.labels[rows]
+
+    rows = torch.arange(len(data), device=data.labels.device)
+    correct = int(in_batches(hits, rows).sum())
     return {"accuracy": 100 * correct / len(data), "images": len(data)}

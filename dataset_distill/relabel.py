@@ -1,36 +1,42 @@
-"""Relabel: the teacher's logits for every stored view of every image."""
+"""Relabel: the teachers' logits for views of images."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipeline.dataset_distill.views import Views, render
+from pipeline.dataset_distill.views import Pictures, Views, render
+from pipeline.device import in_batches
 
-BATCH = 256
+
+def mean_logits(teachers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Mean over teachers of their logits (B, classes) for images (B, C, S, S)."""
+    return torch.stack([teacher(x) for teacher in teachers]).mean(0)
 
 
-def soft_labels(teacher: nn.Module, images: Tensor, views: Views) -> npt.NDArray[np.float16]:
-    """Raw logits (N, V, classes) in float16, on the mixed views.
+def soft_labels(
+    teachers: Sequence[nn.Module], pictures: Pictures, views: Views
+) -> npt.NDArray[np.float32]:
+    """Raw logits (N, V, classes), on the mixed views.
 
     Args:
-        teacher: frozen network in evaluation mode.
-        images: (N, C, S, S) float, normalised.
+        teachers: frozen networks in evaluation mode.
+        pictures: N images.
         views: parameters of V views of each image, on the same device.
 
     Source: Shen and Xing, "A Fast Knowledge Distillation Framework", 2022; here a label belongs to
     (image, view), not to a position in a batch.
     """
-    rows, count = len(images), int(views.flip.shape[1])
-    pairs = torch.cartesian_prod(torch.arange(rows), torch.arange(count)).to(images.device)
-    with torch.inference_mode():
-        logits = [
-            teacher(render(images, views, part[:, 0], part[:, 1])).half()
-            for part in torch.split(pairs, BATCH)
-        ]
-    array: npt.NDArray[Any] = torch.cat(logits).view(rows, count, -1).cpu().numpy()
-    return array
+    rows, count = len(pictures), int(views.flip.shape[1])
+
+    def of(places: Tensor) -> Tensor:
+        row, view = places // count, places % count
+        return mean_logits(teachers, render(pictures, views, row, view))
+
+    places = torch.arange(rows * count, device=pictures.pixels.device)
+    found = in_batches(of, places).view(rows, count, -1)
+    return found.cpu().numpy()

@@ -110,7 +110,7 @@ class SqueezeTraining:
         data = self.sets["train"]
         rows = data.rows(self.seed, epoch, index, self.config.batch_size)
         generator = torch.Generator().manual_seed(seed_for(self.seed, "augment", epoch, index))
-        x = shifted(data.images[rows], self.task.image.size // 8, generator)
+        x = shifted(data.images.take(rows), self.task.image.size // 8, generator)
         if self.task.image.flip:
             mirrored = torch.rand(len(x), generator=generator).to(x.device) < 0.5
             x = torch.where(mirrored[:, None, None, None], x.flip(3), x)

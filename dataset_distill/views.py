@@ -1,4 +1,8 @@
-"""Views of images: a random resized crop, a flip and a CutMix box, drawn once and replayed."""
+"""Views of images: a random resized crop, a flip and a CutMix box, drawn from a seed and a number.
+
+A view is a function of the image's seed and the view's number, so it takes no room on a disk and
+can be drawn again anywhere, in any order.
+"""
 
 from __future__ import annotations
 
@@ -13,41 +17,67 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.dataset_distill.config import ImageConfig
+from pipeline.draws import uniform
 
 RATIO = (3 / 4, 4 / 3)
+ATTEMPTS = 10
+"""Draws of a crop that may fail to fit in the image."""
+DRAWS = 64
+"""Numbers that belong to one view of one image: more than are used."""
+_FLIP, _PARTNER, _LAMBDA, _CENTRE = (4 * ATTEMPTS + n for n in range(4))
 
 
-def sample_crop(
-    rng: np.random.Generator, size: int, scale: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """A random resized crop of a square image as (top, left, height, width) in pixels.
+def crops(draws: npt.NDArray[Any], size: int, scale: tuple[float, float]) -> npt.NDArray[Any]:
+    """Random resized crops of square images as (top, left, height, width) in pixels.
 
     Area share uniform in ``scale``, log of the aspect ratio uniform in 3/4 to 4/3; after ten draws
     that do not fit, the whole image.
+
+    Args:
+        draws: (..., 10, 4) uniform in [0, 1).
+        size: side of the images, pixels.
+        scale: smallest and largest share of the area.
+
+    Returns:
+        int64 (..., 4).
     """
-    for _ in range(10):
-        area = rng.uniform(*scale) * size * size
-        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
-        width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < width <= size and 0 < height <= size:
-            top = int(rng.integers(0, size - height + 1))
-            left = int(rng.integers(0, size - width + 1))
-            return top, left, height, width
-    return 0, 0, size, size
+    area = (scale[0] + (scale[1] - scale[0]) * draws[..., 0]) * size * size
+    low, high = (math.log(r) for r in RATIO)
+    ratio = np.exp(low + (high - low) * draws[..., 1])
+    width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = np.asarray((width > 0) & (width <= size) & (height > 0) & (height <= size))
+    top = np.floor(draws[..., 2] * (size - height + 1))
+    left = np.floor(draws[..., 3] * (size - width + 1))
+    found = np.stack([top, left, height, width], -1)
+    chosen = np.take_along_axis(found, fits.argmax(-1)[..., None, None], -2)[..., 0, :]
+    whole = np.array([0, 0, size, size])
+    return np.where(fits.any(-1, keepdims=True), chosen, whole).astype(np.int64)
 
 
-def sample_box(rng: np.random.Generator, size: int, alpha: float) -> tuple[int, int, int, int]:
-    """A CutMix box as (top, left, bottom, right) in pixels; empty where ``alpha`` is 0.
+def boxes(draws: npt.NDArray[Any], size: int, alpha: float) -> npt.NDArray[Any]:
+    """CutMix boxes as (top, left, bottom, right) in pixels; empty where ``alpha`` is 0.
+
+    Args:
+        draws: (..., 3) uniform in [0, 1).
+        size: side of the images, pixels.
+        alpha: of the Beta distribution of lambda.
+
+    Returns:
+        int64 (..., 4).
 
     Source: Yun et al., "CutMix", 2019: side sqrt(1 - lambda), centre uniform, clipped.
     """
     if alpha == 0:
-        return 0, 0, 0, 0
-    half = math.sqrt(1 - rng.beta(alpha, alpha)) * size / 2
-    y, x = rng.integers(0, size, 2)
-    low = [int(max(0, round(c - half))) for c in (y, x)]
-    high = [int(min(size, round(c + half))) for c in (y, x)]
-    return low[0], low[1], high[0], high[1]
+        return np.zeros((*draws.shape[:-1], 4), np.int64)
+    share = draws[..., 0]
+    if alpha != 1:
+        from scipy.special import betaincinv
+
+        share = betaincinv(alpha, alpha, share)
+    half = np.sqrt(1 - share)[..., None] * size / 2
+    centre = np.floor(draws[..., 1:] * size)
+    low, high = np.maximum(np.rint(centre - half), 0), np.minimum(np.rint(centre + half), size)
+    return np.concatenate([low, high], -1).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -66,60 +96,109 @@ class Views:
     partner: Any
     box: Any
 
-    NAMES = ("crop", "flip", "partner", "box")
-
     def to(self, device: torch.device) -> Views:
-        """The same with tensors on ``device``."""
-        arrays = (torch.from_numpy(np.array(getattr(self, name))) for name in self.NAMES)
-        return Views(*(array.to(device, torch.int64) for array in arrays))
+        """The same with int64 tensors on ``device``."""
+        arrays = (torch.from_numpy(np.array(value, np.int64)) for value in vars(self).values())
+        return Views(*(array.to(device) for array in arrays))
 
 
-def sample_views(
-    rngs: list[np.random.Generator],
-    image: ImageConfig,
-    views: int,
-    crop_floor: float,
-    cutmix: float,
-) -> Views:
-    """Draw ``views`` views of every image of a group, each from the image's own generator.
+@dataclass(frozen=True)
+class ViewSampler:
+    """How views are drawn.
 
-    Partners are other images of the same group, so that a group can be labelled alone.
+    Attributes:
+        image: size, and whether a mirrored image keeps its label.
+        crop_floor: smallest area share of a crop.
+        cutmix: alpha of the Beta distribution; 0 turns it off.
+        group: so many neighbouring rows are partners of one another, and of no others.
     """
-    rows, size = len(rngs), image.size
-    crop = np.zeros((rows, views, 4), np.uint16)
-    flip = np.zeros((rows, views), np.uint8)
-    partner = np.zeros((rows, views), np.int32)
-    box = np.zeros((rows, views, 4), np.uint16)
-    for row, rng in enumerate(rngs):
-        for view in range(views):
-            crop[row, view] = sample_crop(rng, size, (crop_floor, 1.0))
-            flip[row, view] = image.flip and rng.random() < 0.5
-            partner[row, view] = (row + rng.integers(1, max(rows, 2))) % rows
-            box[row, view] = sample_box(rng, size, cutmix)
-    return Views(crop, flip, partner, box)
+
+    image: ImageConfig
+    crop_floor: float
+    cutmix: float
+    group: int
+
+    def draw(self, seeds: npt.NDArray[Any], numbers: npt.ArrayLike) -> Views:
+        """The views with some numbers of every image.
+
+        Args:
+            seeds: (N,) of the images, in order; the first one begins a group.
+            numbers: (V,) of the views.
+        """
+        first_place = np.asarray(numbers, np.uint64)[:, None] * np.uint64(DRAWS)
+        places: Any = first_place + np.arange(_CENTRE + 2, dtype=np.uint64)
+        draws = uniform(np.asarray(seeds).astype(np.uint64)[:, None, None], places)
+        tries: npt.NDArray[Any] = draws[..., : 4 * ATTEMPTS].reshape(*draws.shape[:2], ATTEMPTS, 4)
+        size, rows = self.image.size, np.arange(len(draws))
+        first = rows // self.group * self.group
+        count = np.minimum(self.group, len(rows) - first)
+        step = 1 + np.floor(draws[..., _PARTNER] * (count - 1)[:, None]).astype(np.int64)
+        return Views(
+            crops(tries, size, (self.crop_floor, 1.0)),
+            (self.image.flip & (draws[..., _FLIP] < 0.5)).astype(np.int64),
+            first[:, None] + ((rows - first)[:, None] + step) % count[:, None],
+            boxes(draws[..., _LAMBDA : _CENTRE + 2], size, self.cutmix),
+        )
 
 
-def render(images: Tensor, views: Views, rows: Tensor, view: Tensor) -> Tensor:
-    """The pictures a network sees: (B, C, S, S) for B pairs of row and view.
+@dataclass(frozen=True)
+class Pictures:
+    """Images as they are stored, normalised when they are taken: a quarter of the memory.
+
+    Attributes:
+        pixels: (N, C, S, S) uint8.
+        mean: (1, C, 1, 1) of pixels in [0, 1].
+        std: likewise.
+    """
+
+    pixels: Tensor
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, pixels: npt.NDArray[Any], image: ImageConfig, device: torch.device) -> Pictures:
+        """From uint8 images (N, S, S, C)."""
+        mean, std = (
+            torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (image.mean, image.std)
+        )
+        x = torch.from_numpy(np.array(pixels.transpose(0, 3, 1, 2), order="C"))
+        return cls(x.to(device), mean, std)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def take(self, rows: Tensor | slice) -> Tensor:
+        """Some of them, (B, C, S, S) float32, as (x / 255 - mean) / std."""
+        return (self.pixels[rows].float() / 255 - self.mean) / self.std
+
+
+def normalise(pixels: npt.NDArray[Any], image: ImageConfig, device: torch.device) -> Tensor:
+    """uint8 images (N, S, S, C) as float32 (N, C, S, S), (x / 255 - mean) / std."""
+    return Pictures.of(pixels, image, device).take(slice(None))
+
+
+def render(pictures: Pictures, views: Views, rows: Tensor, view: Tensor) -> Tensor:
+    """What a network sees: (B, C, S, S) float32 for B pairs of row and view.
 
     Args:
-        images: (N, C, S, S) float, normalised.
-        views: parameters on the same device.
-        rows: (B,) int64 rows of ``images``.
-        view: (B,) int64 view numbers.
+        pictures: N images.
+        views: their parameters, on the same device.
+        rows: (B,) int64 rows of ``pictures``.
+        view: (B,) int64 places in the second axis of ``views``.
     """
-    own = _crop(images, views, rows, view)
+    own = _crop(pictures, views, rows, view)
     partner = views.partner[rows, view]
     top, left, bottom, right = views.box[rows, view].unbind(1)
-    line = torch.arange(images.shape[-1], device=images.device)
+    line = torch.arange(own.shape[-1], device=own.device)
     inside_y = (line >= top[:, None]) & (line < bottom[:, None])
     inside_x = (line >= left[:, None]) & (line < right[:, None])
     inside = (inside_y[:, None, :, None]) & (inside_x[:, None, None, :])
-    return torch.where(inside, _crop(images, views, partner, view), own)
+    return torch.where(inside, _crop(pictures, views, partner, view), own)
 
 
-def _crop(images: Tensor, views: Views, rows: Tensor, view: Tensor) -> Tensor:
+def _crop(pictures: Pictures, views: Views, rows: Tensor, view: Tensor) -> Tensor:
     """Bilinear resize of each crop to the full size, mirrored where its flip is 1."""
+    images = pictures.take(rows)
     size = images.shape[-1]
     top, left, height, width = views.crop[rows, view].to(images.dtype).unbind(1)
     sign = 1 - 2 * views.flip[rows, view].to(images.dtype)
@@ -128,12 +207,5 @@ def _crop(images: Tensor, views: Views, rows: Tensor, view: Tensor) -> Tensor:
     theta[:, 0, 2] = (2 * left + width) / size - 1
     theta[:, 1, 1] = height / size
     theta[:, 1, 2] = (2 * top + height) / size - 1
-    grid = F.affine_grid(theta, [len(rows), images.shape[1], size, size], align_corners=False)
-    return F.grid_sample(images[rows], grid, padding_mode="border", align_corners=False)
-
-
-def normalise(pixels: npt.NDArray[Any], image: ImageConfig, device: torch.device) -> Tensor:
-    """uint8 images (N, H, W, C) as float32 (N, C, H, W), (x / 255 - mean) / std."""
-    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (image.mean, image.std))
-    x = torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2)
-    return ((x.float() / 255 - mean) / std).contiguous()
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

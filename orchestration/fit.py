@@ -10,11 +10,12 @@ import pyarrow as pa
 
 from pipeline.device import reproducible
 from pipeline.digest import dumps, seed_for
+from pipeline.orchestration.checkpoint import Checkpoint
 from pipeline.orchestration.executor import Record
 from pipeline.orchestration.group import ALONE, Group
 from pipeline.orchestration.memory import StepFolders
 from pipeline.orchestration.steps import timed
-from pipeline.orchestration.training import Checkpoint, TrainingTask, train
+from pipeline.orchestration.training import TrainingTask, train
 from pipeline.storage.atomic import publish
 from pipeline.storage.models import snapshot_file, write_model
 from pipeline.storage.source import Source
@@ -67,28 +68,24 @@ class FitWork:
         """
         began, name = time.monotonic(), unit.name
         fit = self.fits[name]
-        checkpoint = Checkpoint(self.folders.work.below("checkpoints"), name)
+        checkpoint = Checkpoint(
+            self.folders.work.below("checkpoints"), name, self.checkpoint_seconds
+        )
         with reproducible(self.threads), self.folders.work.scratch() as folder:
             inputs = {
                 role: pa.concat_tables(source.tables()) for role, source in fit.inputs.items()
             }
             seed = seed_for(self.seed, name)
-            result = train(
-                fit.task,
-                inputs,
-                seed,
-                checkpoint,
-                self.checkpoint_seconds,
-                group,
-                snapshots=fit.snapshots,
-            )
+            result = train(fit.task, inputs, seed, checkpoint, group, snapshots=fit.snapshots)
             if not group.first:
                 return {}
             (folder / name).mkdir()
             write_model(folder / name, result.training.model, result.training.spec)
-            for epoch in range(1, len(result.losses) + 1 if fit.snapshots else 1):
+            epochs = len(result.losses) if fit.snapshots else 0
+            for epoch in range(1, epochs + 1):
                 (folder / snapshot_file(name, epoch)).write_bytes(checkpoint.read_snapshot(epoch))
-            (folder / name / "history.json").write_bytes(dumps({"loss": result.losses}))
+            history = {"loss": result.losses, "evaluations": result.evaluations}
+            (folder / name / "history.json").write_bytes(dumps(history))
             record = {
                 "index": unit.index,
                 "name": name,
@@ -97,5 +94,5 @@ class FitWork:
                 **timed(began),
             }
         self.folders.ledger.write(record)
-        checkpoint.delete()
+        checkpoint.delete(epochs)
         return record

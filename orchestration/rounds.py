@@ -31,7 +31,8 @@ class RoundsTask(Protocol):
     """A frozen dataclass that says what to find; its fields and ``version`` are its identity.
 
     A state is arrays by name. Nothing else passes from one round to the next, and what a part
-    returns depends on its shards and the state alone.
+    returns depends on its shards and the state alone. A class attribute ``model = True`` says that
+    a part runs a network: it is given a GPU where there is one.
     """
 
     def begin(self, seed: int) -> Arrays:

@@ -91,7 +91,7 @@ class Run:
         retry: take up the samples in quarantine once more: those with one of these reasons, or
             all where none is named. Shards in quarantine are taken up too.
         resources: what a unit of a step needs, by the step's name, where it is not the default.
-        checkpoint_seconds: time between two checkpoints of a training.
+        checkpoint_seconds: time between two checkpoints of a training, or of a long synthesis.
         progress: what is shown of it.
         check: called after each shard; raises where the run has to end.
     """
@@ -152,7 +152,13 @@ class Run:
         """What the manifest of a map step says, and the records of its shards."""
         shards = step.source.shards
         work = MapWork(
-            folders, step.source.lean(), step.stages, step.to, step.seed, step.resources.threads
+            folders,
+            step.source.lean(),
+            step.stages,
+            step.to,
+            step.seed,
+            step.resources.threads,
+            self.checkpoint_seconds,
         )
         write_plan(folders.work, step.name, step.identity, len(shards))
         self._adopt(step, folders)
@@ -304,7 +310,8 @@ class Run:
             work = PartWork(inner, task, source.lean(), columns, threads)
 
             def do(missing: Iterator[Unit]) -> Iterator[Record]:
-                return self.executor.run(work, missing, self._resources(name))
+                resources = self._with_gpus(self._resources(name), getattr(task, "model", False))
+                return self.executor.run(work, missing, resources)
 
             self._execute(f"{name} {number + 1}", inner, units, len(units), do)
 

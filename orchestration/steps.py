@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pipeline.device import reproducible
 from pipeline.errors import RunError
+from pipeline.orchestration.checkpoint import Checkpoint
 from pipeline.orchestration.executor import Record, Rest
 from pipeline.orchestration.memory import StepFolders
 from pipeline.orchestration.screen import screen, tally, with_reasons
@@ -88,7 +89,11 @@ def timed(began: float) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class MapWork:
-    """Runs the stages of a map step on one shard."""
+    """Runs the stages of a map step on one shard.
+
+    ``checkpoint_seconds`` is the time between two checkpoints of a stage that writes such; 0 has
+    it write one after every step.
+    """
 
     folders: StepFolders
     source: Source
@@ -96,18 +101,22 @@ class MapWork:
     writer: Format
     seed: int
     threads: int
+    checkpoint_seconds: float = 600.0
 
     def __call__(self, unit: ShardUnit) -> Rest:
         began = time.monotonic()
+        checkpoint = Checkpoint(
+            self.folders.work.below("checkpoints"), unit.name, self.checkpoint_seconds
+        )
         with ExitStack() as stack:
             folder = stack.enter_context(self.folders.work.scratch())
-            record = self._compute(unit, folder)
+            record = self._compute(unit, folder, checkpoint)
             # Published by whoever calls that; dropped without a call, the folder goes too.
-            return partial(self._publish, record, folder, began, stack.pop_all())
+            return partial(self._publish, record, folder, began, checkpoint, stack.pop_all())
 
-    def _compute(self, unit: ShardUnit, folder: Path) -> Record:
+    def _compute(self, unit: ShardUnit, folder: Path, checkpoint: Checkpoint) -> Record:
         shard, region = unit.shard, unit.region
-        context = ShardContext(unit.name, self.seed)
+        context = ShardContext(unit.name, self.seed, checkpoint)
         with reproducible(self.threads):
             given = self.source.read(shard)
             table, bad = screen(given, self.source)
@@ -143,13 +152,21 @@ class MapWork:
             "metrics": context.metrics,
         }
 
-    def _publish(self, record: Record, folder: Path, began: float, scratch: ExitStack) -> Record:
+    def _publish(
+        self,
+        record: Record,
+        folder: Path,
+        began: float,
+        checkpoint: Checkpoint,
+        scratch: ExitStack,
+    ) -> Record:
         if "files" not in record:  # else only the record could not be written
             files = publish(folder, self.folders.artifact)
             scratch.close()  # raises where it was cleared away
             record["files"] = [vars(entry) for entry in files]
         record |= timed(began)
         self.folders.ledger.write(record)
+        checkpoint.delete()
         return record
 
 

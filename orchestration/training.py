@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -19,10 +18,9 @@ from pipeline.config import TrainConfig
 from pipeline.device import default_device
 from pipeline.digest import seed_for
 from pipeline.errors import RunError
+from pipeline.orchestration.checkpoint import Checkpoint
 from pipeline.orchestration.group import ALONE, Group
-from pipeline.storage.atomic import with_digest, without_digest
 from pipeline.storage.models import weights_of
-from pipeline.storage.store import Store
 
 log = logging.getLogger(__name__)
 B = TypeVar("B", bound=tuple[Tensor, ...])
@@ -73,75 +71,22 @@ class TrainingTask(Protocol):
 
 @dataclass(frozen=True)
 class Trained(Generic[B]):
-    """What a training gives: the model, the mean loss of each epoch and the final metrics."""
+    """What a training gives.
+
+    Attributes:
+        training: with the model as it is at the end.
+        losses: mean loss of each epoch.
+        evaluations: (epochs done, metrics) in the course of the training; the last are final.
+    """
 
     training: Training[B]
     losses: list[float]
-    metrics: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The state of one training between two steps: a SHA-256 (32 bytes) and what torch saved.
-
-    Args:
-        store: where it lies.
-        name: the unit of work that it belongs to.
-    """
-
-    store: Store
-    name: str
+    evaluations: list[tuple[int, dict[str, Any]]]
 
     @property
-    def _file(self) -> str:
-        return f"{self.name}.pt"
-
-    def read(self) -> dict[str, Any] | None:
-        """The state last written; ``None`` where there is none, or not the bytes that were."""
-        if self.store.info(self._file) is None:
-            return None
-        data = without_digest(self.store.read(self._file))
-        if data is None:
-            log.warning("%s: the checkpoint is damaged, training begins anew", self.name)
-            return None
-        found: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        return found
-
-    def write(self, state: Mapping[str, Any]) -> None:
-        """Put ``state`` in place of the last one."""
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        self.store.replace(self._file, with_digest(buffer.getvalue()))
-
-    def write_snapshot(self, epoch: int, weights: bytes) -> None:
-        """Keep the weights after an epoch, counted from 1."""
-        self.store.replace(self._snapshot(epoch), with_digest(weights))
-
-    def read_snapshot(self, epoch: int) -> bytes:
-        """The weights after an epoch.
-
-        Raises:
-            RunError: they are damaged.
-        """
-        weights = without_digest(self.store.read(self._snapshot(epoch)))
-        if weights is None:
-            raise RunError(
-                f"The weights of '{self.name}' after epoch {epoch} are damaged.",
-                hint="Delete the folder of checkpoints, so that the training begins anew.",
-                code="damaged-snapshot",
-                where=f"{self.store}/{self._snapshot(epoch)}",
-            )
-        return weights
-
-    def _snapshot(self, epoch: int) -> str:
-        return f"{self.name}-epoch-{epoch:05d}"
-
-    def delete(self) -> None:
-        """Delete it, and the weights that were kept beside it."""
-        self.store.delete(self._file)
-        for info in self.store.files():
-            if info.name.startswith(f"{self.name}-epoch-"):
-                self.store.delete(info.name)
+    def metrics(self) -> dict[str, Any]:
+        """What was measured at the end; empty on a worker that is not the first."""
+        return self.evaluations[-1][1] if self.evaluations else {}
 
 
 def train(
@@ -149,7 +94,6 @@ def train(
     inputs: Mapping[str, pa.Table],
     seed: int,
     checkpoint: Checkpoint,
-    every: float = 600.0,
     group: Group = ALONE,
     *,
     snapshots: bool = False,
@@ -158,7 +102,10 @@ def train(
 
     A run that was stopped and resumed gives the same weights as one that was not. Learning rate,
     batch and random numbers follow from the number of the step; the checkpoint holds that number,
-    model, optimiser and losses.
+    model, optimiser, averaged weights and what was measured.
+
+    With ``ema`` in its configuration, what is measured and given is the moving average of weights
+    and running statistics.
 
     Several workers compute the gradient of the same mean loss, with sums split otherwise. A layer
     that looks at the whole batch sees the rows of its worker: BatchNorm normalises by them, and its
@@ -169,7 +116,6 @@ def train(
         inputs: its data by role.
         seed: of the training.
         checkpoint: where its state is kept; deleting it at the end is up to the caller.
-        every: seconds from one checkpoint to the next; with 0 there is one after every step.
         group: the workers. The first one writes checkpoints and measures; others have no metrics.
         snapshots: whether the weights after every epoch are kept beside the checkpoint.
 
@@ -181,10 +127,10 @@ def train(
     torch.manual_seed(seed_for(seed, "init"))
     training = task.prepare(inputs, seed, device)
     model, config, steps = training.model.to(device), training.config, training.steps
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = _optimizer(model, config)
-    done, losses = 0, list[float]()
+    average = _Average(model, config.ema)
+    done, losses, evaluations = 0, list[float](), list[tuple[int, dict[str, Any]]]()
     running = torch.zeros((), dtype=torch.float64, device=device)  # sum of the epoch's losses
     state = group.from_first(checkpoint.read)
     if state and not _fits(state, model):
@@ -192,36 +138,99 @@ def train(
     elif state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        done, losses = state["done"], state["losses"]
+        average.load(state["average"])
+        done, losses, evaluations = state["done"], state["losses"], state["evaluations"]
         running.copy_(state["running"])
         log.info("%s: training goes on from %s", name, _place(done, steps, config.epochs))
-    total, saved = config.epochs * steps, time.monotonic()
+    total = config.epochs * steps
+    measured = {config.epochs * (n + 1) // config.evaluations for n in range(config.evaluations)}
     model.train()
     for number in range(done, total):
         epoch, index = divmod(number, steps)
         # Drawn anew for each step: nothing of the generators has to be kept, on any worker.
         torch.manual_seed(seed_for(seed, "step", number, group.rank))
         for parameters in optimizer.param_groups:
-            parameters["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * number / total))
+            parameters["lr"] = config.lr * _rate(
+                number, total, config.warmup_epochs * steps, config
+            )
         optimizer.zero_grad(set_to_none=True)
         running += _gradients(training, training.batch(epoch, index), group)
         optimizer.step()
+        average.update(number)
         # A GPU is waited for at the end of an epoch and for a checkpoint, and nowhere else.
         if index + 1 == steps:
             losses.append(_finite(float(running) / steps, name, epoch))
             running.zero_()
             if snapshots and group.first:
                 checkpoint.write_snapshot(epoch + 1, weights_of(model))
-        if group.first and time.monotonic() - saved >= every:
+            if epoch + 1 in measured and epoch + 1 < config.epochs and group.first:
+                with average.in_place():
+                    evaluations.append((epoch + 1, _evaluated(training)))
+        if group.first and checkpoint.due:
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             rest = {"done": number + 1, "losses": losses, "running": running}
+            rest |= {"average": average.values, "evaluations": evaluations}
             checkpoint.write({**states, **rest})
-            saved = time.monotonic()
             log.info("%s: checkpoint at %s", name, _place(number + 1, steps, config.epochs))
+    average.put()
+    if group.first:
+        evaluations.append((config.epochs, _evaluated(training)))
     model.eval()
+    return Trained(training, losses, evaluations)
+
+
+def _evaluated(training: Training[Any]) -> dict[str, Any]:
+    training.model.eval()
     with torch.inference_mode():
-        metrics = training.evaluate() if group.first else {}
-    return Trained(training, losses, metrics)
+        metrics = training.evaluate()
+    training.model.train()
+    return metrics
+
+
+def _rate(step: int, total: int, warmup: int, config: TrainConfig) -> float:
+    """Share of the peak learning rate: a linear warm-up, then a cosine."""
+    if step < warmup:
+        return 0.01 + 0.99 * step / warmup
+    done = (step - warmup) / max(total - warmup, 1)
+    return 0.5 * (1 + math.cos(math.pi * done / config.zeta))
+
+
+class _Average:
+    """The exponential moving average of a model's weights and running statistics.
+
+    Its decay grows from 0.1 to ``decay``, so that the first weights are soon forgotten; with 0
+    there is no average. ``values`` is what a checkpoint keeps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._own = [v for v in model.state_dict().values() if v.is_floating_point()]
+        self.values = [v.clone() for v in self._own] if decay else []
+
+    def load(self, values: list[Tensor]) -> None:
+        """Go on from what a checkpoint kept."""
+        for value, kept in zip(self.values, values, strict=True):
+            value.copy_(kept)
+
+    def update(self, step: int) -> None:
+        """Take in the weights after a step, counted from 0."""
+        if self.values:
+            weight = 1 - min(self._decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.values, self._own, weight)
+
+    def put(self) -> None:
+        """Give the averages to the model."""
+        for own, value in zip(self._own, self.values, strict=False):
+            own.copy_(value)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The averages in the model's place for a while."""
+        before = [own.clone() for own in self._own] if self.values else []
+        self.put()
+        yield
+        for own, value in zip(self._own, before, strict=False):
+            own.copy_(value)
 
 
 def _gradients(training: Training[Any], batch: tuple[Tensor, ...], group: Group) -> Tensor:
@@ -259,9 +268,12 @@ def _loss(training: Training[Any], batch: tuple[Tensor, ...]) -> Tensor:
         return training.loss(batch)
 
 
+_KEPT = {"model", "optimizer", "done", "losses", "running", "average", "evaluations"}
+
+
 def _fits(state: Mapping[str, Any], model: nn.Module) -> bool:
     """Whether a checkpoint is one of this loop and of this model."""
-    if state.keys() != {"model", "optimizer", "done", "losses", "running"}:
+    if state.keys() != _KEPT:
         return False
     kept, own = ({n: t.shape for n, t in s.items()} for s in (state["model"], model.state_dict()))
     return kept == own

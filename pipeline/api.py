@@ -18,6 +18,7 @@ from pipeline.orchestration.memory import WORK
 from pipeline.orchestration.plan import Planner
 from pipeline.orchestration.progress import Progress
 from pipeline.orchestration.run import open_run
+from pipeline.orchestration.status import status
 from pipeline.recipes import recipes
 from pipeline.storage.store import Store, open_store
 
@@ -50,7 +51,7 @@ class Job:
         resources: what one shard of a step needs where that differs, by the step's name:
             ``threads``, ``gpus``, ``memory`` (bytes) and ``workers``, as in
             :class:`~pipeline.orchestration.executor.Resources`.
-        checkpoint_minutes: time between two checkpoints of a training.
+        checkpoint_minutes: time between two checkpoints of a training, or of a synthesis.
         seed: seed of everything random.
         max_bad: unreadable samples above which the run fails: a share (float) or a count (int).
     """
@@ -131,7 +132,8 @@ def run(
         options: the other attributes of :class:`Job`.
 
     Returns:
-        A summary of plain JSON types, with the paths of what was written.
+        A summary of plain JSON types, with the paths of what was written and the seconds that
+        workers spent on each step, in all starts of the run.
 
     Raises:
         UsageError: something asked for does not exist or does not hold.
@@ -154,22 +156,32 @@ def run(
         summary = chosen.run(opened, found, values)
         if not opened.executed:
             log.info("nothing to do: everything in %s is finished", store)
-    return {**summary, "out": str(store)}
+        seconds = {step.step: step.totals.seconds for step in status(store).steps}
+    return {**summary, "seconds": seconds, "out": str(store)}
 
 
-def plan(recipe: str, dataset: str, **options: Any) -> dict[str, Any]:
+def plan(recipe: str, dataset: str, *, gpu: str | None = None, **options: Any) -> dict[str, Any]:
     """What :func:`run` with the same arguments would do. Nothing is started or written.
 
+    Args:
+        recipe: name of a recipe, such as ``distill``.
+        dataset: name of a data set, or a path.
+        gpu: name of the GPU that hours are told for, such as ``a100``; the device at hand where not
+            given.
+        options: the other attributes of :class:`Job`.
+
     Returns:
-        ``steps``, each a :class:`~pipeline.orchestration.plan.StepPlan` as plain JSON types;
-        ``until``, the step whose output has to be there to tell what comes after it, if there is
-        one; and ``todo``, whether there is anything to do.
+        ``estimate``, units, FLOPs, hours and bytes, of recipes that tell them; ``steps``, each a
+        :class:`~pipeline.orchestration.plan.StepPlan` as plain JSON types; ``until``, the step
+        whose output has to be there to tell what comes after it, if there is one; and ``todo``,
+        whether there is anything to do.
 
     Raises:
         UsageError: something asked for does not exist or does not hold.
     """
     job = Job(recipe=recipe, dataset=dataset, **options)
     found, chosen, values = _prepared(job)
+    estimate = chosen.estimate(found, values, gpu) if chosen.estimate else None
     planner = Planner(job.store(found), executors.get("local")(), **job.options)
     until = planner.follow(lambda run: chosen.run(run, found, values))
     steps = [
@@ -182,7 +194,8 @@ def plan(recipe: str, dataset: str, **options: Any) -> dict[str, Any]:
         for step in planner.plans
     ]
     todo = bool(until) or planner.publishes or any(step.missing for step in planner.plans)
-    return {"out": str(planner.out), "steps": steps, "until": until, "todo": todo}
+    told = {"out": str(planner.out), "steps": steps, "until": until, "todo": todo}
+    return told if estimate is None else {**told, "estimate": estimate}
 
 
 def _told(resources: Resources) -> dict[str, Any]:
@@ -240,7 +253,7 @@ def recorded(store: Store) -> dict[str, Any]:
 
 def _configure(recipe: str, dataset: Dataset, values: Mapping[str, Any]) -> Config:
     chosen = recipes.get(recipe)
-    return build(chosen.config, merge(chosen.defaults(dataset), values))
+    return build(chosen.config, merge(chosen.defaults(dataset, values), values))
 
 
 def _absolute(place: str) -> str:

@@ -114,9 +114,94 @@ class CifarResNet(nn.Module):
         return cast("Tensor", self.linear(x.mean((2, 3))))
 
 
+class _ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions, or with ``bottleneck`` 1 x 1, 3 x 3 and 1 x 1, and a shortcut."""
+
+    def __init__(self, before: int, width: int, stride: int, *, bottleneck: bool) -> None:
+        super().__init__()
+        after = width * (4 if bottleneck else 1)
+        sizes = [(1, 1), (3, stride), (1, 1)] if bottleneck else [(3, stride), (3, 1)]
+        outputs = [width, width, after] if bottleneck else [width, width]
+        inputs = [before, *outputs[:-1]]
+        self.layers = len(sizes)
+        for number, (have, give, (side, step)) in enumerate(
+            zip(inputs, outputs, sizes, strict=True), 1
+        ):
+            conv = nn.Conv2d(have, give, side, step, padding=side // 2, bias=False)
+            self.add_module(f"conv{number}", conv)
+            self.add_module(f"bn{number}", nn.BatchNorm2d(give))
+        self.downsample: nn.Module | None = None
+        if stride > 1 or before != after:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for number in range(1, self.layers + 1):
+            y = self.get_submodule(f"bn{number}")(self.get_submodule(f"conv{number}")(y))
+            y = F.relu(y) if number < self.layers else y
+        return F.relu(y + (self.downsample(x) if self.downsample is not None else x))
+
+
+class ResNet(nn.Module):
+    """ResNet for photographs (He et al. 2016, table 1); names of weights are torchvision's.
+
+    Args:
+        classes: number of outputs.
+        channels: input channels.
+        blocks: of each of the four stages.
+        bottleneck: blocks of three convolutions (50 layers and more).
+        small: the stem for images of 32 to 64 pixels: one 3 x 3 convolution, and no pooling.
+
+    Shapes: (N, channels, H, W) -> (N, classes).
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        channels: int,
+        blocks: tuple[int, ...],
+        *,
+        bottleneck: bool = False,
+        small: bool = False,
+    ) -> None:
+        super().__init__()
+        side, stride = (3, 1) if small else (7, 2)
+        self.conv1 = nn.Conv2d(channels, 64, side, stride, padding=side // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        before = 64
+        for number, count in enumerate(blocks):
+            width, rest = 64 * 2**number, []
+            for index in range(count):
+                step = 2 if number and not index else 1
+                rest.append(_ResidualBlock(before, width, step, bottleneck=bottleneck))
+                before = width * (4 if bottleneck else 1)
+            self.add_module(f"layer{number + 1}", nn.Sequential(*rest))
+        self.fc = nn.Linear(before, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        for number in range(1, 5):
+            x = self.get_submodule(f"layer{number}")(x)
+        return cast("Tensor", self.fc(x.mean((2, 3))))
+
+
+_RESNETS: dict[str, dict[str, Any]] = {
+    "resnet18": {"blocks": (2, 2, 2, 2)},
+    "resnet34": {"blocks": (3, 4, 6, 3)},
+    "resnet50": {"blocks": (3, 4, 6, 3), "bottleneck": True},
+    "resnet101": {"blocks": (3, 4, 23, 3), "bottleneck": True},
+}
 BUILTIN: dict[str, Callable[[int, int], nn.Module]] = {
     "convnet3": ConvNet,
     **{f"resnet{6 * n + 2}": partial(CifarResNet, depth=n) for n in (3, 5, 7, 9, 18)},
+    **{name: partial(ResNet, **shape) for name, shape in _RESNETS.items()},
+    **{f"{name}-3x3": partial(ResNet, **shape, small=True) for name, shape in _RESNETS.items()},
 }
 
 
@@ -203,10 +288,11 @@ def load_weights(model: nn.Module, arrays: Mapping[str, npt.NDArray[Any]], where
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     # Counters of batches are left out by older files and are not used in evaluation.
     needed = {name for name in own if not name.endswith("num_batches_tracked")}
+    other = sorted(n for n in own if n in arrays and arrays[n].shape != own[n])
     problems = {
         "missing": sorted(needed - set(arrays)),
         "not in the network": sorted(set(arrays) - set(own)),
-        "of another shape": sorted(n for n in own if n in arrays and arrays[n].shape != own[n]),
+        "of another shape": [f"{n} {_by(arrays[n].shape)} for {_by(own[n])}" for n in other],
     }
     if any(problems.values()):
         found = "; ".join(
@@ -216,12 +302,17 @@ def load_weights(model: nn.Module, arrays: Mapping[str, npt.NDArray[Any]], where
         )
         raise UsageError(
             f"The weights do not fit the network: {found}.",
-            hint="Choose the backbone, the class count and the channels that they were made for.",
+            hint="Choose the backbone, the data set's classes and the channels that they were made "
+            "for.",
             code="weights-mismatch",
             where=where,
         )
     state = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     model.load_state_dict(state, strict=False)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a number"
 
 
 def _torchvision(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:

@@ -13,6 +13,8 @@ from pipeline.options import make_parser
 
 FLAGS = {
     "ipc": "ipc",
+    "preset": "preset",
+    "label_budget": "relabel.budget",
     "teacher_weights": "teacher.weights",
     "teacher_backbone": "teacher.backbone",
     "format": "format",
@@ -78,7 +80,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from pipeline.api import plan
     from pipeline.run_text import plan_text
 
-    summary = plan(**_job(arguments, _values(arguments)))
+    summary = plan(**_job(arguments, _values(arguments)), gpu=getattr(arguments, "gpu", None))
     print(json.dumps(summary, indent=2) if arguments.json else plan_text(summary, arguments))
     return 0 if summary["todo"] else NOTHING_TO_DO
 

@@ -35,13 +35,13 @@ def reproducible(threads: int) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """What a network makes of images (N, C, H, W), some at a time, as float32 (N, ...).
+def in_batches(function: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
+    """What a function makes of images (N, C, H, W) or rows (N,), some at a time, as float32.
 
-    On a GPU images lie with their channels last, and products are of bfloat16.
+    Images lie with their channels last, and on a GPU products are of bfloat16.
     """
-    kind = images.device.type
-    if kind == "cuda":
-        images = images.contiguous(memory_format=torch.channels_last)
+    kind = items.device.type
+    if items.ndim == 4:
+        items = items.contiguous(memory_format=torch.channels_last)
     with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-        return torch.cat([function(part).float() for part in torch.split(images, BATCH)])
+        return torch.cat([function(part).float() for part in torch.split(items, BATCH)])

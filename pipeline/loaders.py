@@ -6,61 +6,99 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from pipeline.api import recorded
 from pipeline.dataset_distill.config import ImageConfig
-from pipeline.dataset_distill.views import Views, normalise, render
+from pipeline.dataset_distill.label_codec import LabelCodec
+from pipeline.dataset_distill.relabel import mean_logits
+from pipeline.dataset_distill.student import EpochViews, SoftLabels
+from pipeline.dataset_distill.views import Pictures, ViewSampler, render
 from pipeline.datasets import find_dataset
 from pipeline.digest import seed_for
 from pipeline.errors import UsageError
 from pipeline.stage import ShardContext
 from pipeline.stages.decode import Decode
 from pipeline.storage.artifact import Artifact, ArtifactSource
+from pipeline.storage.models import read_model
 from pipeline.storage.selected import SelectedSource, selected_keys
 from pipeline.storage.source import Source
 from pipeline.storage.store import open_store
 from pipeline.tensors import to_numpy
 
+CPU = torch.device("cpu")
+
 
 class DistilledDataset(Dataset[tuple[Tensor, Tensor]]):
-    """A distilled set: item i is a view of image i and the teacher's logits for that view.
+    """A distilled set: item i is a view of image i and the teachers' logits for that view.
+
+    Any image and view can be asked for by itself, in any order, in batches of any size and by any
+    number of processes. Labels are held as they are stored and decoded one by one. Where a run
+    stored none (``relabel.online``), the teachers are asked.
 
     Attributes:
         classes: class names by label.
         keys: the images' keys.
-        images: (N, C, S, S) float32, normalised, without augmentation.
         labels: (N,) int64 class of each image.
-        logits: (N, V, classes) float16, one row for each stored view.
+        soft_labels: the label store: ``views``, how many there are of each image, and ``logits``.
     """
 
     def __init__(self, artifact: Artifact) -> None:
         labels = ArtifactSource(artifact.product("labels"))
+        config, told = artifact.manifest["config"], artifact.manifest["label_store"]
+        image = ImageConfig.model_validate(config["image"])
         table = pa.concat_tables(labels.tables())
-        image = ImageConfig.model_validate(artifact.manifest["config"]["image"])
-        device = torch.device("cpu")
         self.classes = labels.classes
         self.keys: list[str] = table["key"].to_pylist()
-        self.images = normalise(to_numpy(table["image"]), image, device)
         self.labels = torch.from_numpy(np.array(to_numpy(table["label"])))
-        self.logits = torch.from_numpy(np.array(to_numpy(table["logits"])))
-        self._views = Views(*(to_numpy(table[name]) for name in Views.NAMES)).to(device)
+        codec = LabelCodec.model_validate(told["codec"])
+        self.soft_labels = SoftLabels.of(table, codec, len(self.classes))
+        self._pictures = Pictures.of(_pixels(artifact, self.keys, image), image, CPU)
+        relabel = config["relabel"]
+        sampler = ViewSampler(image, relabel["crop_floor"], relabel["cutmix"], told["group"])
+        self._views = EpochViews(sampler, self.soft_labels.seeds)
+        self._teachers: list[nn.Module] = []
+        if not self.soft_labels.views:
+            teachers = artifact.product("teacher")
+            units = [record["name"] for record in teachers.records()]
+            self._teachers = [read_model(teachers, CPU, unit) for unit in units]
         self._view = 0
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.keys)
+
+    @property
+    def images(self) -> Tensor:
+        """(N, C, S, S) float32, normalised, without augmentation."""
+        return self._pictures.take(slice(None))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the view that items show: epoch e shows view e mod V of every image."""
-        self._view = epoch % self.logits.shape[1]
+        views = self.soft_labels.views
+        self._view = epoch % views if views else epoch
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        rows, view = torch.tensor([range(len(self))[index]]), torch.tensor([self._view])
-        picture = render(self.images, self._views, rows, view)[0]
-        return picture, self.logits[index, self._view].float()
+        row = range(len(self))[index]
+        rows, first = torch.tensor([row]), torch.zeros(1, dtype=torch.int64)
+        picture = render(self._pictures, self._views.of(self._view, CPU), rows, first)[0]
+        if self._teachers:
+            with torch.no_grad():
+                return picture, mean_logits(self._teachers, picture[None])[0]
+        return picture, torch.from_numpy(self.soft_labels.logits(row, self._view))
+
+
+def _pixels(artifact: Artifact, keys: list[str], image: ImageConfig) -> npt.NDArray[np.uint8]:
+    """The synthetic images with these keys, (N, S, S, C)."""
+    decode = Decode(image.size, image.channels)
+    found: dict[str, npt.NDArray[np.uint8]] = {}
+    for table in ArtifactSource(artifact.product("images")).tables():
+        decoded = decode(table.select(["key", "image"]), ShardContext("", 0))
+        found |= dict(zip(decoded["key"].to_pylist(), to_numpy(decoded["image"]), strict=True))
+    return np.stack([found[key] for key in keys])
 
 
 class PrunedDataset(IterableDataset[tuple[Tensor, int, str]]):

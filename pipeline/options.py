@@ -11,7 +11,7 @@ from typing import Any
 from pipeline import __version__
 
 RECIPES = {
-    "distill": "a few synthetic images a class with soft labels (CDA)",
+    "distill": "a few synthetic images a class with soft labels (CDA and beyond)",
     "prune": "the samples that are worth keeping: scores, duplicates, a selection",
 }
 
@@ -40,6 +40,9 @@ def make_parser() -> argparse.ArgumentParser:
         recipe = planned.add_parser(name, help=about, description=f"Plan: {about}")
         OWN_OPTIONS[name](recipe)
         _recipe_options(recipe, name, "plan")
+    planned.choices["distill"].add_argument(
+        "--gpu", metavar="NAME", help="tell hours for this GPU, such as a100; for what is here else"
+    )
     _output_commands(verbs)
     _schedule_commands(verbs)
     return parser
@@ -50,9 +53,15 @@ def _distill_options(parser: argparse.ArgumentParser) -> None:
     settings = parser.add_argument_group("recipe")
     settings.add_argument("--ipc", type=int, help="synthetic images per class")
     settings.add_argument(
+        "--preset", metavar="NAME", help="best (default), or cda or sre2l, as they were published"
+    )
+    settings.add_argument(
+        "--label-budget", metavar="BYTES", help="most that all soft labels may take, such as 100MB"
+    )
+    settings.add_argument(
         "--teacher-weights",
         metavar="FILE",
-        help="a teacher's .safetensors or .npz, or 'pretrained'",
+        help="a teacher's .safetensors, .npz or .pth, or 'pretrained'",
     )
     settings.add_argument("--teacher-backbone", metavar="NAME", help="the teacher's network")
     parser.add_argument("--out", metavar="PATH", help="output folder, or its URL")
@@ -148,7 +157,11 @@ def _recipe_options(parser: argparse.ArgumentParser, recipe: str, command: str) 
         help="threads, gpus, memory (bytes) or workers of one step, such as labels.gpus=0.5",
     )
     how.add_argument(
-        "--checkpoint-minutes", type=float, default=10.0, metavar="N", help="while training (10)"
+        "--checkpoint-minutes",
+        type=float,
+        default=10.0,
+        metavar="N",
+        help="while training or synthesising (10)",
     )
     how.add_argument("--seed", type=int, default=0)
     how.add_argument(

@@ -101,6 +101,7 @@ def line_chart(
     x_label: str,
     y_label: str,
     log: bool = False,
+    log_x: bool = False,
 ) -> str:
     """Lines through (x, y) points as inline SVG; short series get a mark at every point.
 
@@ -111,6 +112,7 @@ def line_chart(
         y_label: text above the y axis.
         log: whether the y axis is logarithmic. A value that has no place on the axis (not finite,
             or not above 0 on a logarithmic one) is left out.
+        log_x: whether the x axis is logarithmic.
     """
     shown = {
         name: [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)]
@@ -119,7 +121,7 @@ def line_chart(
     flat = [point for points in shown.values() for point in points]
     if not flat:
         return paragraph(f"{title}: no values to draw.")
-    xs = axis_ticks(min(x for x, _ in flat), max(x for x, _ in flat))
+    xs = axis_ticks(min(x for x, _ in flat), max(x for x, _ in flat), log=log_x)
     ys = axis_ticks(min(y for _, y in flat), max(y for _, y in flat), log=log)
     left, right, top = 62, WIDTH - 16, 18 * len(shown) + 34
     bottom = top + 210
@@ -132,7 +134,7 @@ def line_chart(
         parts.append(f'<path class="rule" d="M{left} {at:.1f}H{right}"/>')
         parts.append(f'<text class="e" x="{left - 6}" y="{at + 4:.1f}">{tick:g}</text>')
     for tick in xs:
-        at = _place(tick, xs, left, right)
+        at = _place(tick, xs, left, right, log=log_x)
         parts.append(f'<path class="axis" d="M{at:.1f} {bottom}v5"/>')
         parts.append(f'<text class="c" x="{at:.1f}" y="{bottom + 19}">{tick:g}</text>')
     parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
@@ -140,7 +142,7 @@ def line_chart(
     parts.append(f'<text class="c" x="{middle}" y="{bottom + 38}">{escape(x_label)}</text>')
     parts.append(f'<text x="4" y="{top - 12}">{escape(y_label)}</text>')
     for index, (name, points) in enumerate(shown.items()):
-        across = [f"{_place(x, xs, left, right):.1f}" for x, _ in points]
+        across = [f"{_place(x, xs, left, right, log=log_x):.1f}" for x, _ in points]
         down = [f"{_place(y, ys, bottom, top, log=log):.1f}" for _, y in points]
         line = " ".join(f"{x},{y}" for x, y in zip(across, down, strict=True))
         parts.append(f'<polyline class="line l{index % LINES}" points="{line}"/>')

@@ -18,12 +18,36 @@ def plan_text(summary: dict[str, Any], options: Namespace) -> str:
         figures = [f"{step[name]:,}" for name in ("shards", "finished", "adopted", "missing")]
         where = _where(step, options) if step["missing"] else ""
         rows.append((step["step"], *figures, size, where))
-    lines = grid(rows)
+    lines = estimate_lines(summary["estimate"]) if "estimate" in summary else []
+    lines += grid(rows)
     if summary["until"]:
         lines.append(f"What comes then depends on what '{summary['until']}' gives.")
     if not summary["todo"]:
         lines.append("There is nothing to do.")
     return "\n".join(lines)
+
+
+def estimate_lines(found: dict[str, Any]) -> list[str]:
+    """What a distillation would cost."""
+    flops, hours, labels = found["flops"], found["hours"], found["labels"]
+    stored = f"{labels['views']:,} views of each image as {labels['codec']}, at most "
+    lines = [
+        (
+            f"images: {found['images']:,} in {found['units']:,} units of up to {found['batch']:,}, "
+            f"{found['iterations']:,} iterations each; about {human(found['image_bytes'])} as PNG"
+        ),
+        f"labels: {stored}{human(found['label_bytes'])}"
+        if labels["views"]
+        else "labels: none are stored, the teachers are asked",
+        f"speed:  {found['flops_a_second'] / 1e12:,.3g} TFLOP/s, {found['calibration']}",
+    ]
+    rows = [("step", "FLOP", "hours")]
+    rows += [(name, f"{flops[name]:.3g}", f"{hours[name]:,.2f}") for name in flops]
+    rows.append(("all", f"{sum(flops.values()):.3g}", f"{sum(hours.values()):,.2f}"))
+    lines += grid(rows)
+    if "teacher" not in flops:
+        lines.append("How many samples a teacher would be trained on is not known yet.")
+    return lines
 
 
 def _where(step: dict[str, Any], options: Namespace) -> str:
@@ -77,6 +101,9 @@ def summary_text(summary: dict[str, Any]) -> str:
             count = "" if row["images"] is None else row["images"]
             lines.append(f"{row['trained_on']:<34}{count:>8}{row['accuracy']:>13.2f}{spread}")
         lines.append("")
+    if metrics := summary.get("metrics"):
+        known = {name.upper(): value for name, value in metrics.items() if value is not None}
+        lines += [f"{name}: {value:+.1f} points" for name, value in known.items()]
     for name in ("train", "test"):
         if split := summary.get(name):
             bad = sum(split["quarantined"].values())
@@ -95,6 +122,10 @@ def summary_text(summary: dict[str, Any]) -> str:
         lines += [f"{'':<12} left out: {', '.join(left_out)}"] if left_out else []
         lines.append(f"{'':<12} {summary['why']}")
         lines += [f"{role + ':':<12} {path}" for role, path in summary["products"].items()]
+    if summary.get("evaluation"):
+        spent = {step: s / 3600 for step, s in summary["seconds"].items() if s >= 36}
+        told = ", ".join(f"{step} {hours:.2f}" for step, hours in spent.items())
+        lines.append(f"hours of workers: {sum(spent.values()):.2f} ({told})")
     names = ("images", "labels", "report")
     lines += [f"{name + ':':<8} {summary[name]}" for name in names if name in summary]
     return "\n".join(lines)

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
+
+
+class StateKeeper(Protocol):
+    """Where a stage that works long on a shard keeps its state, to go on from after a kill."""
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to write."""
+
+    def read(self) -> dict[str, Any] | None:
+        """The state last written: tensors and plain types; ``None`` where there is none."""
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Put ``state`` in place of the last one."""
 
 
 @dataclass
@@ -13,10 +28,13 @@ class ShardContext:
     """What a stage knows about the shard at hand, and where it reports what it left out.
 
     ``seed`` belongs to (run, step); a stage adds the sample's key to it, never a worker's number.
+    ``checkpoint``, where there is one, takes the state of a stage that works long on a shard: with
+    it or without, the stage gives the same table.
     """
 
     shard: str
     seed: int
+    checkpoint: StateKeeper | None = None
     filtered: dict[str, int] = field(default_factory=dict)
     bad: list[dict[str, str]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)

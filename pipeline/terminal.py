@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pipeline.errors import UsageError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def printable(line: str) -> str:
@@ -47,3 +52,19 @@ def human(size: int) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:,.1f} TB"
+
+
+def parse_bytes(text: int | str) -> int:
+    """``100MB``, ``1.5 GB`` or a plain number, as bytes; K, M, G and T are powers of 1,000.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)b?\s*", str(text).lower())
+    if not found or (size := int(float(found[1]) * _UNITS[found[2]])) < 1:
+        raise UsageError(
+            f"'{text}' is no number of bytes.",
+            hint="Write it as 100MB, 1.5GB or 250000.",
+            code="bad-bytes",
+        )
+    return size

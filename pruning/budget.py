@@ -14,8 +14,7 @@ from pipeline.clustering.threads import Threads
 from pipeline.errors import UsageError
 from pipeline.pruning.pool import Pool, Rows
 from pipeline.pruning.selectors import Selector
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+from pipeline.terminal import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Budget:
             number, unit = float(found[1]), found[2]
             if unit == "%" and 0 < number <= 100:
                 return cls("share", number / 100)
-            if unit and unit != "%" and number * _UNITS[unit[:-1]] >= 1:
-                return cls("bytes", number * _UNITS[unit[:-1]])
+            if unit and unit != "%":
+                return cls("bytes", parse_bytes(text))
             if not unit and "." in found[1] and 0 < number <= 1:
                 return cls("share", number)
             if not unit and "." not in found[1] and number >= 1:

@@ -7,26 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline import draws as numbers
 from pipeline.clustering.compiled import compiled
 
 Flags = npt.NDArray[np.bool_]
 
-_STEP = np.uint64(0x9E3779B97F4A7C15)
-_FIRST = np.uint64(0xBF58476D1CE4E5B9)
-_SECOND = np.uint64(0x94D049BB133111EB)
-
-
-@compiled
-def uniform(seed: Any, counter: Any) -> float:
-    """A number in [0, 1) from two uint64; SplitMix64 (Steele et al., 2014) of their place.
-
-    ``seed`` should come from a digest: seeds that lie close to one another give shifted numbers.
-    """
-    x = seed + (counter + np.uint64(1)) * _STEP
-    x = (x ^ (x >> np.uint64(30))) * _FIRST
-    x = (x ^ (x >> np.uint64(27))) * _SECOND
-    x ^= x >> np.uint64(31)
-    return np.float64(x >> np.uint64(11)) * 2.0**-53
+uniform = compiled(numbers.uniform)
+"""For one seed and one place at a time, compiled."""
 
 
 def draw(flags: Flags, count: int, seed: int) -> None:

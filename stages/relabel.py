@@ -1,4 +1,4 @@
-"""Soft labels as a stage: images in, views and logits out."""
+"""Soft labels as a stage: images in, seeds of views and logits out."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 
-from pipeline.dataset_distill.config import ImageConfig, RelabelConfig
+from pipeline.dataset_distill.label_codec import LabelCodec
 from pipeline.dataset_distill.relabel import soft_labels
-from pipeline.dataset_distill.views import normalise, sample_views
+from pipeline.dataset_distill.views import Pictures, ViewSampler
 from pipeline.device import default_device
 from pipeline.digest import seed_for
 from pipeline.stage import ShardContext
@@ -21,36 +21,39 @@ from pipeline.tensors import tensor_column, to_numpy
 
 @dataclass(frozen=True)
 class Relabel:
-    """Add V views of every image and the teacher's logits for each.
+    """Put the seed of each image's views, and the teachers' logits for each, in place of ``image``.
 
-    New columns, a row: ``crop`` V x 4, ``flip`` V, ``partner`` V, ``box`` V x 4 (see
-    :class:`~pipeline.dataset_distill.views.Views`; ``partner`` counts rows of the whole set) and
-    ``logits`` V x classes float16.
+    New columns, a row: ``seed`` int64, from which
+    :class:`~pipeline.dataset_distill.views.ViewSampler` draws any view, and what the codec makes of
+    logits (V, classes).
 
     Args:
-        shard_rows: rows of every shard but the last.
+        teachers: fitted classifiers.
+        units: which of them; labels are the mean of their logits.
+        sampler: draws the views; its groups are the shards.
+        views: V; view v of an image is the same whatever V is. With 0 there are seeds alone.
+        codec: how logits are stored.
     """
 
-    teacher: Artifact
-    config: RelabelConfig
-    image: ImageConfig
-    shard_rows: int
+    teachers: Artifact
+    units: tuple[str, ...]
+    sampler: ViewSampler
+    views: int
+    codec: LabelCodec
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     model: ClassVar[bool] = True
 
     def __call__(self, table: pa.Table, context: ShardContext) -> pa.Table:
         device = default_device()
-        pixels = to_numpy(table["image"])
-        keys = table["key"].to_pylist()
-        rngs = [np.random.default_rng(seed_for(context.seed, key)) for key in keys]
-        views = sample_views(
-            rngs, self.image, self.config.views, self.config.crop_floor, self.config.cutmix
-        )
-        images = normalise(pixels, self.image, device)
-        logits = soft_labels(read_model(self.teacher, device), images, views.to(device))
-        first = int(context.shard) * self.shard_rows
-        columns = {**vars(views), "partner": views.partner + np.int32(first), "logits": logits}
+        seeds = np.array([seed_for(context.seed, k) for k in table["key"].to_pylist()], np.int64)
+        labels = table.select(["key", "label"]).append_column("seed", pa.array(seeds))
+        if not self.views:
+            return labels
+        views = self.sampler.draw(seeds, range(self.views)).to(device)
+        pictures = Pictures.of(to_numpy(table["image"]), self.sampler.image, device)
+        teachers = [read_model(self.teachers, device, unit) for unit in self.units]
+        columns = self.codec.encode(soft_labels(teachers, pictures, views))
         for name, values in columns.items():
-            table = table.append_column(name, tensor_column(values))
-        return table
+            labels = labels.append_column(name, tensor_column(values))
+        return labels

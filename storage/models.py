@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline import backbones
 from pipeline.backbones import ModelSpec
-from pipeline.digest import dumps
+from pipeline.digest import digest, dumps
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.store import Store
 
@@ -61,6 +61,22 @@ def _read(store: Store, _identity: str, device: torch.device, unit: str) -> nn.M
     model = backbones.build(spec.backbone, spec.classes, spec.channels)
     model.load_state_dict(load(artifact.read(f"{unit}/{WEIGHTS}")))
     return model.to(device).eval().requires_grad_(requires_grad=False)
+
+
+@dataclass(frozen=True)
+class FittedModels:
+    """Some models of a fitted artifact, for tasks that ask them while they train another."""
+
+    artifact: Artifact
+    units: tuple[str, ...]
+
+    @property
+    def identity(self) -> str:
+        return digest(self.artifact, self.units)
+
+    def networks(self, device: torch.device) -> list[nn.Module]:
+        """The frozen networks, in evaluation mode."""
+        return [read_model(self.artifact, device, unit) for unit in self.units]
 
 
 def snapshots(artifact: Artifact, device: torch.device, unit: str = UNIT) -> Iterator[nn.Module]:

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import pyarrow as pa
@@ -24,12 +24,12 @@ class ChosenSource(Source):
     Args:
         base: the source that holds the samples.
         places: (shard number, row) in ``base`` of each sample, in their new order.
-        shard_rows: rows of every shard but the last.
+        shard_rows: rows of every shard but the last, or of each.
     """
 
     base: Source
     places: tuple[tuple[int, int], ...]
-    shard_rows: int
+    shard_rows: int | tuple[int, ...]
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -174,6 +174,9 @@ def find_places(base: Source) -> dict[str, tuple[int, int]]:
     }
 
 
-def cut(items: Sequence[T], size: int) -> list[Sequence[T]]:
-    """``items`` in runs of ``size``; the last may be shorter."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def cut(items: Sequence[T], size: int | Sequence[int]) -> list[Sequence[T]]:
+    """``items`` in runs of ``size``, the last of which may be shorter, or of these sizes."""
+    if isinstance(size, int):
+        return [items[start : start + size] for start in range(0, len(items), size)]
+    ends = list(accumulate(size, initial=0))
+    return [items[start:stop] for start, stop in pairwise(ends)]

@@ -20,6 +20,7 @@ TINY = {
     "relabel": {"views": 3},
     "student": {"train": {"epochs": 3, "batch_size": 10}},
     "seeds": 2,
+    "arms": ["distilled-soft", "random-real-soft", "noise-soft"],
 }
 """A distillation of the digits that has every step and takes seconds."""
 

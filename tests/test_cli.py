@@ -49,6 +49,8 @@ DISTILL = {
     **RUN_OPTIONS,
     "--out": "out",
     "--ipc": "ipc",
+    "--preset": "preset",
+    "--label-budget": "label_budget",
     "--teacher-weights": "teacher_weights",
     "--teacher-backbone": "teacher_backbone",
 }
@@ -86,7 +88,12 @@ def test_the_command_line_is_frozen():
             "prune": PRUNE,
         },
         "convert": CONVERT,
-        "plan": {"-h/--help": "help", "distill": DISTILL, "prune": PRUNE, "convert": CONVERT},
+        "plan": {
+            "-h/--help": "help",
+            "distill": {**DISTILL, "--gpu": "gpu"},
+            "prune": PRUNE,
+            "convert": CONVERT,
+        },
         "status": {**OUTPUT, "--watch": "watch"},
         "logs": OUTPUT,
         "cancel": OUTPUT,

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 import pipeline
 from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
 from pipeline.dataset_distill.squeeze import Squeeze
-from pipeline.orchestration.training import Checkpoint, train
+from pipeline.orchestration.checkpoint import Checkpoint
+from pipeline.orchestration.training import train
 from pipeline.storage.npz import open_npz
 from pipeline.storage.store import LocalStore
 from pipeline.storage.weights import WeightsFile
@@ -100,7 +101,7 @@ def test_manifest_leads_to_products_that_others_can_read(local):
     assert [row["arm"] for row in rows] == [
         "distilled-soft",
         "random-real-soft",
-        "random-real-hard",
+        "noise-soft",
         "teacher",
     ]
     assert rows == summary["evaluation"]

@@ -26,6 +26,7 @@ from pipeline.testing.trees import tree_digest
 
 MOMENTS = [
     "checkpoint at epoch 2 of 4",
+    "checkpoint at iteration 7 of 12",
     "images: 2 of 4 shards done",
     "students: 3 of 6 shards done",
 ]
@@ -70,8 +71,9 @@ def finish(out: Path | str, executor: str) -> str:
     [
         # It goes on until the signal is there.
         (MOMENTS[0], r"training goes on from epoch [234] of 4, step \d+ of \d+"),
-        (MOMENTS[1], r"images: (2 of 4|3 of 4|all 4) shards found finished"),
-        (MOMENTS[2], r"students: ([345] of 6|all 6) shards found finished"),
+        (MOMENTS[1], r"synthesis goes on from iteration ([89]|1[012])"),
+        (MOMENTS[2], r"images: (2 of 4|3 of 4|all 4) shards found finished"),
+        (MOMENTS[3], r"students: ([345] of 6|all 6) shards found finished"),
     ],
 )
 def test_killed_once(whole, tmp_path, moment, recovered):
@@ -82,7 +84,7 @@ def test_killed_once(whole, tmp_path, moment, recovered):
 
 
 def test_killed_while_writing_to_an_object_store(whole, s3):
-    kill_at(s3.url, "local", MOMENTS[1])
+    kill_at(s3.url, "local", MOMENTS[2])
     assert s3.info("manifest.json") is None
     assert re.search(FOUND, finish(s3.url, "local"))
     found = {name: hashlib.sha256(data).hexdigest() for name, data in output(s3).items()}

@@ -88,21 +88,25 @@ def steps(summary: dict[str, Any]) -> dict[str, tuple[int, int, int, int]]:
     return {step["step"]: tuple(step[n] for n in names) for step in summary["steps"]}
 
 
-def test_a_plan_goes_as_far_as_it_can_be_seen_and_writes_nothing(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"out": tmp_path / "run", "config": {**TINY, "ipc": 2}}
+@pytest.mark.parametrize(("preset", "more"), [("cda", ["images"]), ("best", [])])
+def test_a_plan_goes_as_far_as_it_can_be_seen_and_writes_nothing(
+    tmp_path: Path, preset: str, more: list[str]
+) -> None:
+    config = {**TINY, "ipc": 2, "preset": preset}
+    options: dict[str, Any] = {"out": tmp_path / "run", "config": config}
     found = plan("distill", "digits", **options)
-    assert found["until"] == "index"
+    assert found["until"] == ("images" if preset == "cda" else "index")
     assert found["todo"]
     assert [step["step"] for step in found["steps"]] == [
         "index",
         "test",
         "train",
         "teacher",
-        "images",
-        "labels",
+        *more,
     ]
-    assert steps(found)["images"] == (4, 0, 0, 4)
-    assert found["steps"][5]["stages"] == ["read", "Decode", "Relabel", "write zarr"]
+    if preset == "cda":
+        assert steps(found)["images"] == (4, 0, 0, 4)
+        assert found["steps"][4]["stages"] == ["read", "Recover", "write webdataset"]
     assert not (tmp_path / "run").exists()
 
 
@@ -115,7 +119,7 @@ def test_what_was_planned_is_what_is_done(tmp_path: Path) -> None:
     after = plan("distill", "digits", **options)
     assert (after["until"], after["todo"]) == (None, False)
     assert all(step["missing"] == 0 for step in after["steps"])
-    assert len(after["steps"]) == 11
+    assert len(after["steps"]) == 19
     (tmp_path / "run" / "manifest.json").unlink()
     assert plan("distill", "digits", **options)["todo"]
     pipeline.run("distill", "digits", **options)

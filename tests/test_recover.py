@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.backbones import ConvNet
+from pipeline.dataset_distill.batchnorm import BatchNormMatching
+from pipeline.dataset_distill.class_statistics import ClassStatistics, targets_of
 from pipeline.dataset_distill.config import ImageConfig, RecoverConfig
-from pipeline.dataset_distill.recover import BatchNormMatching, Recovered, recover
+from pipeline.dataset_distill.recover import Recovered, recover
 from pipeline.dataset_distill.views import normalise
 from pipeline.device import reproducible
 from pipeline.errors import UsageError
@@ -69,13 +72,9 @@ def bn_loss(net: TwoNorms, x: Array, first: float) -> float:
     return total
 
 
-def measured(net: TwoNorms, x: Tensor, first: float) -> Tensor:
-    matching = BatchNormMatching(net, first)
-    try:
-        net(x)
-        return matching.loss()
-    finally:
-        matching.close()
+def measured(net: nn.Module, x: Tensor, first: float) -> Tensor:
+    loss: Tensor = BatchNormMatching(net, first)(x)[1]
+    return loss
 
 
 @pytest.mark.parametrize("first", [10.0, 1.0, 0.0])
@@ -117,21 +116,67 @@ def test_the_first_layer_is_the_first_to_run() -> None:
     assert float(measured(late, x, 10.0)) == pytest.approx(float(measured(net, x, 10.0)))
 
 
-def test_each_pass_is_measured_alone_and_the_hooks_go_away() -> None:
+def test_each_pass_is_measured_alone_and_the_network_is_left_as_it_was() -> None:
     net, x = TwoNorms(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    before = net(x)
     matching = BatchNormMatching(net, 1.0)
-    net(x)
-    once = matching.loss()
-    net(x)
-    assert torch.equal(matching.loss(), once)
-    matching.close()
+    once = matching(x)[1]
+    assert torch.equal(matching(x)[1], once)
+    torch.testing.assert_close(matching(x)[0], before)
+    assert torch.equal(net(x), before)
     assert not any(layer._forward_pre_hooks for layer in net.modules())
+
+
+class Activated(nn.BatchNorm2d):
+    """What some providers have: a layer that normalises and goes on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+def test_what_a_kind_of_batchnorm_does_beside_normalising_is_kept() -> None:
+    torch.manual_seed(0)
+    layer = Activated(3)
+    layer.running_mean, layer.running_var = torch.randn(3), torch.rand(3) + 0.5
+    layer.weight.data = torch.rand(3) + 0.5
+    net = nn.Sequential(layer).double().eval()
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    output, loss = BatchNormMatching(net, 1.0)(x)
+    torch.testing.assert_close(output, net(x))
+    assert (output == 0).any()
+    mean, var = layer.running_mean.double(), layer.running_var.double()
+    expected = (x.mean((0, 2, 3)) - mean).norm() + (x.var((0, 2, 3), correction=0) - var).norm()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_statistics_far_from_zero_keep_their_digits() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(2)).eval()
+    mean, spread = torch.tensor([1000.0, -3.0]), torch.tensor([0.1, 2.0])
+    net[0].running_mean, net[0].running_var = mean, spread.square()
+    x = torch.randn(8, 2, 16, 16) * spread.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
+    assert float(measured(net, x, 1.0)) == pytest.approx(
+        float(measured(net.double(), x.double(), 1.0)), rel=1e-3
+    )
+
+
+def test_bfloat16_activations_are_measured_in_float32() -> None:
+    net, x = TwoNorms().float(), torch.randn(6, 3, 8, 8, requires_grad=True)
+    matching = BatchNormMatching(net, 10.0)
+    exact = matching(x)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = matching(x)[1]
+    rough.backward()  # type: ignore[no-untyped-call]
+    assert rough.dtype == torch.float32
+    assert float(rough.detach()) == pytest.approx(float(exact.detach()), rel=0.02)
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
 
 
 def test_a_network_without_batchnorm_cannot_teach() -> None:
     net = nn.Sequential(nn.Flatten(), nn.LayerNorm(144), nn.Linear(144, 2))
-    with pytest.raises(UsageError, match="no-batchnorm"):
+    with pytest.raises(UsageError, match=r"no BatchNorm layers.*resnet18") as error:
         synthesise(net, classes=2)
+    assert error.value.code == "no-batchnorm"
 
 
 def smooth(count: int, seed: int) -> Tensor:
@@ -160,9 +205,9 @@ def synthesise(
 ) -> Recovered:
     base = {"iterations": 150, "lr": 0.1, "r_bn": 0.5, "jitter": 1, "crop_floor": 0.5}
     config = RecoverConfig(**{**base, **values})
-    noise = noise_of(classes, image, seed)
-    rng = np.random.default_rng(seed)
-    return recover(net, torch.arange(classes), noise, rng, config, image)
+    return recover(
+        [net], torch.arange(classes), noise_of(classes, image, seed), seed, config, image
+    )
 
 
 def noise_of(rows: int, image: ImageConfig = IMAGE, seed: int = 0) -> Tensor:
@@ -171,11 +216,7 @@ def noise_of(rows: int, image: ImageConfig = IMAGE, seed: int = 0) -> Tensor:
 
 
 def statistics(net: nn.Module, x: Tensor) -> float:
-    matching = BatchNormMatching(net, 10.0)
-    net(x)
-    loss = float(matching.loss())
-    matching.close()
-    return loss
+    return float(measured(net, x, 10.0))
 
 
 @pytest.fixture(scope="module")
@@ -184,16 +225,20 @@ def digits() -> tuple[nn.Module, Tensor, Tensor]:
     table = pa.concat_tables(open_digits().tables()).slice(0, 1000)
     raw = F.interpolate(normalise(to_numpy(table["image"]), IMAGE, CPU), (12, 12), mode="bilinear")
     labels = torch.from_numpy(to_numpy(table["label"]).copy())
+    return trained(0, (16, 32), raw, labels), raw, labels
+
+
+def trained(seed: int, widths: tuple[int, ...], raw: Tensor, labels: Tensor) -> nn.Module:
     with reproducible(threads=1):
-        torch.manual_seed(0)
-        net = ConvNet(10, 1, (16, 32))
+        torch.manual_seed(seed)
+        net = ConvNet(10, 1, widths)
         optimizer = torch.optim.Adam(net.parameters(), 1e-2)
         for _ in range(6):
             for rows in torch.randperm(1000).split(50):
                 optimizer.zero_grad()
                 F.cross_entropy(net(raw[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
-    return net.eval().requires_grad_(requires_grad=False), raw, labels
+    return net.eval().requires_grad_(requires_grad=False)
 
 
 def test_recovered_images_are_recognised_and_look_real_to_batchnorm(
@@ -209,6 +254,9 @@ def test_recovered_images_are_recognised_and_look_real_to_batchnorm(
     first = torch.stack([raw[labels == label][0] for label in range(10)])
     assert statistics(net, x) < 0.3 * statistics(net, noise_of(10))
     assert statistics(net, x) < 3 * statistics(net, first)
+    # Another network, of another width and seed, knows them too: they are no mere trick.
+    other = trained(10, (24, 24), raw, labels)
+    assert (other(x).argmax(1) == torch.arange(10)).sum() >= 7
     plain = synthesise(net, classes=10, r_bn=0.0)
     assert statistics(net, normalise(plain.images, IMAGE, CPU)) > 3 * statistics(net, x)
 
@@ -228,27 +276,16 @@ def test_what_is_reported_is_what_was_made() -> None:
     assert whole.trace[0][1:] == pytest.approx(start, rel=1e-5)
 
 
-def test_the_same_seed_gives_the_same_bytes_and_hooks_are_taken_off() -> None:
+def test_the_same_seed_gives_the_same_bytes() -> None:
     net = teacher()
     first, second = synthesise(net, iterations=20), synthesise(net, iterations=20)
     assert first.images.tobytes() == second.images.tobytes()
     assert (first.trace, first.final) == (second.trace, second.final)
     assert synthesise(net, iterations=20, seed=1).images.tobytes() != first.images.tobytes()
-    assert not any(layer._forward_pre_hooks for layer in net.modules())
-    with pytest.raises(IndexError):
-        recover(
-            net,
-            torch.tensor([99]),
-            noise_of(1),
-            np.random.default_rng(0),
-            RecoverConfig(iterations=1, jitter=0),
-            IMAGE,
-        )
-    assert not any(layer._forward_pre_hooks for layer in net.modules())
 
 
 def test_the_optimiser_is_adam_under_a_cosine_with_clamped_pixels() -> None:
-    net, image = teacher(), IMAGE
+    net = teacher()
     values = {"iterations": 12, "lr": 0.3, "jitter": 0, "curriculum": "step", "r_bn": 0.2}
     found = synthesise(net, **values)
     x, labels = noise_of(5).double(), torch.arange(5)
@@ -257,9 +294,7 @@ def test_the_optimiser_is_adam_under_a_cosine_with_clamped_pixels() -> None:
     low, high = (0 - 0.4) / 0.3, (1 - 0.4) / 0.3
     for step in range(12):
         leaf = x.clone().requires_grad_()
-        matching = BatchNormMatching(net, 10.0)
-        loss = F.cross_entropy(net(leaf), labels) + 0.2 * matching.loss()
-        matching.close()
+        loss = F.cross_entropy(net(leaf), labels) + 0.2 * measured(net, leaf, 10.0)
         (gradient,) = torch.autograd.grad(loss, leaf)
         m, v = 0.5 * m + 0.5 * gradient, 0.9 * v + 0.1 * gradient**2
         lr = 0.3 * (1 + math.cos(math.pi * step / 12)) / 2
@@ -267,7 +302,9 @@ def test_the_optimiser_is_adam_under_a_cosine_with_clamped_pixels() -> None:
         x = (x - lr * size).clamp(low, high)
     expected = ((x * 0.3 + 0.4) * 255).numpy().transpose(0, 2, 3, 1)
     assert np.abs(found.images - expected).max() < 0.75
-    assert image is IMAGE
+
+
+SEEN: list[Tensor] = []
 
 
 class Recorder(nn.Module):
@@ -276,10 +313,9 @@ class Recorder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(1)
-        self.seen: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(x.detach().clone())
+        SEEN.append(x.detach().clone())
         return self.norm(x).mean((2, 3)).expand(-1, 2)
 
 
@@ -287,8 +323,9 @@ def shown(image: ImageConfig, **values: Any) -> tuple[Tensor, list[Tensor]]:
     net = Recorder().eval().requires_grad_(requires_grad=False)
     x = noise_of(2, image).clamp(-1, 1)
     config = RecoverConfig(**{"iterations": 80, "lr": 1e-9, "jitter": 2, **values})
-    recover(net, torch.arange(2), x, np.random.default_rng(0), config, image)
-    return x, net.seen[:-1]
+    SEEN.clear()
+    recover([net], torch.arange(2), x, 0, config, image)
+    return x, SEEN[:-1]
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -320,21 +357,142 @@ def test_crops_follow_the_curriculum() -> None:
     assert np.mean(kept[:5]) > np.mean(kept[40:])
 
 
+class Memory:
+    """A checkpoint that stops the work after a number of writes."""
+
+    due = True
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.state: Any = None
+        self.writes, self.stop_after = 0, stop_after
+
+    def read(self) -> Any:
+        return self.state
+
+    def write(self, state: Any) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        buffer.seek(0)
+        self.state = torch.load(buffer, weights_only=True)
+        self.writes += 1
+        if self.writes == self.stop_after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop", [1, 50, 51, 119])
+def test_a_synthesis_that_was_stopped_goes_on_to_the_same_bytes(stop: int) -> None:
+    nets = [teacher(), teacher()]
+    nets[1].linear.weight.data.neg_()
+    config = RecoverConfig(iterations=120, jitter=1, crop_floor=0.5, relative=True, r_bn=1.0)
+
+    def run(memory: Memory | None) -> Recovered:
+        return recover(nets, torch.arange(5), noise_of(5), 3, config, IMAGE, checkpoint=memory)
+
+    memory = Memory(stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(memory)
+    assert memory.state["done"] == stop
+    first, second = run(memory), run(None)
+    assert memory.writes == 120
+    assert first.images.tobytes() == second.images.tobytes()
+    assert (first.trace, first.final) == (second.trace, second.final)
+
+
+def test_each_iteration_asks_one_of_several_teachers() -> None:
+    nets = [Recorder().eval().requires_grad_(requires_grad=False) for _ in range(2)]
+    config = RecoverConfig(iterations=60, jitter=0, curriculum="step", r_bn=0.0, lr=1e-9)
+    shown = []
+    for seed in range(2):
+        SEEN.clear()
+        recover(nets, torch.arange(2), noise_of(2), seed, config, IMAGE)
+        shown.append(len(SEEN))
+    assert shown == [61, 61]
+    # Two teachers that want opposite things leave an image between the two.
+    pair = [teacher(), teacher()]
+    pair[1].linear.weight.data.neg_()
+    one = recover(pair[:1], torch.arange(5), noise_of(5), 0, RecoverConfig(iterations=60), IMAGE)
+    both = recover(pair, torch.arange(5), noise_of(5), 0, RecoverConfig(iterations=60), IMAGE)
+    assert one.final["cross_entropy"] < both.final["cross_entropy"]
+
+
+def test_a_relative_weight_carries_over_to_a_teacher_with_other_units() -> None:
+    net, other = teacher(), teacher()
+    # The same function with statistics ten times as large: a loss ten or a hundred times as large.
+    first = next(m for m in other.modules() if isinstance(m, nn.Conv2d))
+    norm = next(m for m in other.modules() if isinstance(m, nn.BatchNorm2d))
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    first.weight.data *= 10
+    norm.running_mean *= 10
+    norm.running_var *= 100
+    norm.eps *= 100
+    x = noise_of(5)
+    torch.testing.assert_close(net(x), other(x), rtol=1e-4, atol=1e-4)
+    values = {"iterations": 40, "r_bn": 1.0, "first_bn_multiplier": 10.0}
+    apart = {
+        relative: np.abs(
+            synthesise(net, relative=relative, **values).images.astype(int)
+            - synthesise(other, relative=relative, **values).images
+        ).mean()
+        for relative in (True, False)
+    }
+    assert apart[True] < 0.7 * apart[False]
+
+
+def test_no_iterations_leave_the_start_as_it_is() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 12, 12, 1), np.uint8)
+    start = normalise(pixels, IMAGE, CPU)
+    config = RecoverConfig(iterations=0)
+    found = recover([teacher()], torch.arange(5), start, 0, config, IMAGE)
+    assert np.array_equal(found.images, pixels)
+    assert found.trace == []
+
+
+def test_class_statistics_are_those_of_each_class() -> None:
+    net = teacher()
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 1), np.uint8)
+    labels = np.random.default_rng(1).integers(0, 3, 30)
+
+    class Given:
+        identity = "given"
+
+        def networks(self, device: torch.device) -> list[nn.Module]:
+            return [net, net]
+
+    task = ClassStatistics(Given(), IMAGE, 4)
+    state = task.begin(0)
+    shards = [("a", pixels[:11], labels[:11]), ("b", pixels[11:], labels[11:])]
+    parts = [task.part(state, [shard], 1) for shard in shards]
+    arrays, facts = task.result(task.join(state, iter(parts), 1))
+    assert facts["samples"] == [*np.bincount(labels, minlength=3).tolist(), 0]
+    for label in range(3):
+        x = normalise(pixels[labels == label], IMAGE, CPU)
+        targets = targets_of(arrays, label, [net, net])
+        assert len(targets) == 2
+        for target in targets:
+            # With a class's own statistics as target, its own images are at distance 0.
+            loss = BatchNormMatching(net, 1.0, target)(x)[1]
+            assert float(loss) < 1e-3
+    other = normalise(pixels[labels == 1], IMAGE, CPU)
+    assert float(BatchNormMatching(net, 1.0, targets_of(arrays, 0, [net])[0])(other)[1]) > 0.01
+
+
 def test_the_stage_starts_each_image_from_its_own_key(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.digest import seed_for
     from pipeline.stage import ShardContext
     from pipeline.stages import recover as module
+    from pipeline.tensors import tensor_column
 
     seen: list[Any] = []
 
-    def record(net: Any, labels: Tensor, noise: Tensor, rng: Any, *_: Any) -> Recovered:
-        seen.append((labels, noise, rng.integers(1 << 30)))
+    def record(nets: Any, labels: Tensor, start: Tensor, seed: int, *more: Any, **_: Any) -> Any:
+        seen.append((labels, start, seed, more[0].iterations))
         return Recovered(np.zeros((len(labels), 12, 12, 1), np.uint8), [[0.0, 1.0, 2.0]], {"a": 1})
 
     monkeypatch.setattr(module, "default_device", lambda: CPU)
     monkeypatch.setattr(module, "read_model", lambda *_: None)
     monkeypatch.setattr(module, "recover", record)
-    stage = module.Recover(None, RecoverConfig(), IMAGE)  # type: ignore[arg-type]
+    stage = module.Recover(None, ("model",), RecoverConfig(), IMAGE)  # type: ignore[arg-type]
     table = pa.table({"key": ["a", "b"], "label": pa.array([4, 2], pa.int64())})
     context = ShardContext("00003", 11)
     result = stage(table, context)
@@ -349,3 +507,10 @@ def test_the_stage_starts_each_image_from_its_own_key(monkeypatch: pytest.Monkey
     assert torch.equal(seen[1][1][0], seen[0][1][1])
     assert not torch.equal(seen[2][1], seen[0][1])
     assert len({one[2] for one in seen}) == 3
+    assert seen[0][3] == 4000
+    pixels = np.full((2, 12, 12, 1), 51, np.uint8)
+    table = table.append_column("iterations", pa.array([7, 7], pa.int64()))
+    result = stage(table.append_column("image", tensor_column(pixels)), context)
+    assert torch.allclose(seen[3][1], torch.full((2, 1, 12, 12), (0.2 - 0.4) / 0.3))
+    assert seen[3][3] == 7
+    assert result.column_names == ["key", "label", "iterations", "image"]

@@ -14,10 +14,16 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from pipeline.backbones import ModelSpec
+from pipeline.dataset_distill.config import ImageConfig, RecoverConfig, SqueezeConfig
+from pipeline.dataset_distill.label_codec import LabelCodec
+from pipeline.dataset_distill.views import ViewSampler
 from pipeline.digest import dumps
 from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.run import Run
-from pipeline.recipes.distill_report import ARMS, evaluation_table, report
+from pipeline.recipes.distill_config import ARMS, Arm, DistillConfig
+from pipeline.recipes.distill_evaluation import Trainings, evaluation_table, metrics
+from pipeline.recipes.distill_report import Found, report
 from pipeline.report import (
     axis_ticks,
     bar_chart,
@@ -27,8 +33,11 @@ from pipeline.report import (
     page,
     paragraph,
 )
+from pipeline.stages.relabel import Relabel
+from pipeline.storage.array_artifact import FILE, to_bytes
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.atomic import FileEntry
+from pipeline.storage.models import FittedModels
 from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.records import to_table
 from pipeline.storage.regroup import ChosenSource, find_places
@@ -155,12 +164,30 @@ def models(path: Path, units: dict[str, tuple[float, list[float]]]) -> Artifact:
     shards = []
     for name, (accuracy, losses) in units.items():
         (path / name).mkdir(parents=True)
-        (path / name / "history.json").write_bytes(dumps({"loss": losses}))
-        files = [vars(FileEntry.of(LocalStore(path), f"{name}/history.json"))]
+        course = [[1, {"accuracy": accuracy + 1}], [2, {"accuracy": accuracy}]]
+        contents = {
+            "history.json": {"loss": losses, "evaluations": course},
+            "network.json": ModelSpec("convnet3", 2, 1, (0.0,), (1.0,)),
+        }
+        files = []
+        for file, content in contents.items():
+            (path / name / file).write_bytes(dumps(vars(content) if file[0] == "n" else content))
+            files.append(vars(FileEntry.of(LocalStore(path), f"{name}/{file}")))
         metrics = {"accuracy": accuracy, "images": 1234}
         shards.append({"name": name, "files": files, "metrics": metrics})
     manifest = {"kind": "models", "identity": path.name}
     return Artifact.finish(LocalStore(path), manifest, to_table(shards))
+
+
+def arrays(path: Path, **values: Any) -> Artifact:
+    path.mkdir()
+    (path / FILE).write_bytes(to_bytes(values))
+    files = [vars(FileEntry.of(LocalStore(path), FILE))]
+    manifest = {"kind": "arrays", "identity": str(path)}
+    return Artifact.finish(LocalStore(path), manifest, to_table([{"name": "a", "files": files}]))
+
+
+SHOWN: tuple[Arm, ...] = ("distilled-soft", "random-real-soft", "random-real-hard")
 
 
 @dataclass
@@ -171,6 +198,7 @@ class Finished:
     classes: tuple[str, ...] = (HOSTILE, "cat")
     losses: tuple[float, ...] = (2.0, 1.0)
     scores: tuple[tuple[float, ...], ...] = ((90.0, 92.0), (95.0, 97.0), (80.0, 82.0))
+    start: str = "noise"
     pixels: Any = field(default_factory=lambda: np.arange(4 * 16, dtype=np.uint8).reshape(4, 4, 4))
 
     def page(self, **changes: Any) -> str:
@@ -179,36 +207,61 @@ class Finished:
         keys = ["a", "b", "c", "d"]
         images = tensor_column(self.pixels[..., None])
         table = pa.table({"key": keys, "label": labels, "image": images})
-        soft = table.append_column("logits", tensor_column(np.zeros((4, 3, 2), np.float16)))
+        soft = table.select(["key", "label"]).append_column("seed", pa.array([1, 2, 3, 4]))
+        soft = soft.append_column("logits", tensor_column(np.zeros((4, 3, 2), np.float16)))
 
         def source(whole):
             return TableSource((("00000", whole[:2]), ("00001", whole[2:])), self.classes)
 
         made = run.map("images", source(table), [Traced()], to=WebDatasetFormat())
+        decoded = run.map("pixels", source(table), [], to=ParquetFormat())
         labelled = run.map("labels", source(soft), [], to=ZarrFormat())
         pool = run.map("real", source(table), [], to=ParquetFormat())
         real = ChosenSource(pool, tuple(find_places(pool)[key] for key in ("c", "b", "a", "d")), 2)
-        teacher = models(self.folder / "teacher", {"model": (99.0, list(self.losses))})
+        teachers = models(self.folder / "teacher", {"model": (99.0, list(self.losses))})
         students = models(
             self.folder / "students",
             {
                 f"{arm}-{seed}": (score, [2.0 + seed, 1.0])
-                for arm, scores in zip(ARMS, self.scores, strict=True)
+                for arm, scores in zip(SHOWN, self.scores, strict=True)
                 for seed, score in enumerate(scores)
             },
         )
-        self.evaluation = evaluation_table(teacher, students, 4, 1000)
-        image = {"size": 4, "channels": 1}
+        nearest = arrays(
+            self.folder / "nearest",
+            similarity=np.array([0.25, 0.5, 0.75, 0.99], np.float32),
+            key=np.frombuffer(b"dcba", np.uint8).reshape(4, 1),
+        )
+        image = ImageConfig(size=4, channels=1, mean=(0.0,), std=(1.0,))
+        config = DistillConfig(
+            ipc=2,
+            image=image,
+            teacher=SqueezeConfig(backbone="convnet3"),
+            recover=RecoverConfig(iterations=100, start=self.start),
+            seeds=len(self.scores[0]),
+            arms=SHOWN,
+        )
+        relabel = Relabel(teachers, ("model",), ViewSampler(image, 0.5, 1.0, 4), 3, LabelCodec())
+        trainings = Trainings(config, 2, relabel, FittedModels(teachers, ("model",)))
+        trainings.synthetic(pool, decoded, labelled)
+        for seed in range(config.seeds):
+            trainings.real(pool, real, labelled, seed)
+            trainings.real_hard(pool, real, seed)
+        self.evaluation = evaluation_table(trainings, students, teachers, made, labelled, 1000)
         about = {
             "dataset": HOSTILE,
             "classes": list(self.classes),
             "evaluation": self.evaluation,
-            "config": {"ipc": 2, "image": image, "recover": {"milestone": 1.0}, "note": HOSTILE},
+            "metrics": metrics(self.evaluation),
+            "config": {**config.model_dump(mode="json"), "note": HOSTILE},
+            "label_store": {"codec": LabelCodec().model_dump(), "views": 3, "group": 4},
             "seed": 5,
             **changes,
         }
-        steps = [real.base, made, labelled]
-        return report(about, made, labelled, real, teacher, students, steps).decode()
+        found = Found(
+            made, decoded, labelled, real, teachers, students, trainings, nearest, decoded
+        )
+        return report(about, found, [real.base, made, labelled]).decode()
 
 
 @pytest.fixture(scope="module")
@@ -224,11 +277,7 @@ def html(finished):
 def test_report_is_the_same_wherever_and_whenever_it_is_made(html, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOSTNAME", "elsewhere")
-    config = {"note": HOSTILE, "recover": {"milestone": 1.0}, "ipc": 2}
-    again = Finished(tmp_path / "other").page(
-        config={**config, "image": {"channels": 1, "size": 4}}
-    )
-    assert again == html
+    assert Finished(tmp_path / "other").page() == html
     assert str(finished.folder) not in html
 
 
@@ -250,7 +299,7 @@ def test_report_shows_the_images_of_each_class(html, finished):
         np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))[::16, :, 0]
         for data in re.findall(r"base64,([^\"]+)", html)
     ]
-    assert len(sheets) == 4
+    assert len(sheets) == 5
     rows = {"made": ([0, 2], [1, 3]), "real": ([2, 0], [1, 3])}
     for number, (kind, label) in enumerate([("made", 0), ("real", 0), ("made", 1), ("real", 1)]):
         left, right = sheets[number][:, :64:16], sheets[number][:, 66::16]
@@ -259,12 +308,26 @@ def test_report_shows_the_images_of_each_class(html, finished):
         assert np.array_equal(right, finished.pixels[second])
 
 
+def test_report_shows_the_nearest_real_image_below_each(html, finished, tmp_path):
+    sheet = np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(re.findall(r"base64,([^\"]+)", html)[4])))
+    )[::, :, 0]
+    for column, (made, real) in enumerate(zip(range(4), (3, 2, 1, 0), strict=True)):
+        left = 66 * column
+        assert np.array_equal(sheet[:64:16, left : left + 64 : 16], finished.pixels[made])
+        assert np.array_equal(sheet[66::16, left : left + 64 : 16], finished.pixels[real])
+    assert "at least 0.250, in the middle 0.625, at most 0.990" in html
+    assert "no pixel was copied" in html
+    assert "rights in the real images" in Finished(tmp_path, start="random").page()
+
+
 def test_report_draws_the_losses_and_counts(html):
     assert "<title>cross-entropy: 0, 10</title>" in html
     assert "<title>BatchNorm statistics: 50, 9.5</title>" in html
     assert "<title>teacher: 2, 1</title>" in html
     assert "<title>synthetic images, soft labels: 1, 2.5</title>" in html
-    assert html.count("<svg") == 4
+    # Bars, losses of the synthesis, curriculum, teacher, two of students, accuracy against bytes.
+    assert html.count("<svg") == 7
     assert "expected and no failure" in html
     assert "1,234 test images" in html
     assert "All images of every class" in html
@@ -274,26 +337,36 @@ def test_report_draws_the_losses_and_counts(html):
 
 def test_evaluation_table(finished, html):
     first, *_, teacher = finished.evaluation
+    sizes = (first.pop("image_bytes"), first.pop("label_bytes"))
     assert first == {
         "arm": "distilled-soft",
+        "network": "convnet3",
         "trained_on": ARMS["distilled-soft"],
         "images": 4,
         "accuracy": 91.0,
         "spread": pytest.approx(2**0.5),
+        "best": 92.0,
         "seeds": 2,
     }
+    assert sizes[0] > 4 * 60
+    assert 4 * 3 * 2 * 2 < sizes[1] < 500  # chunks of seeds and logits, and their framing
     assert teacher["trained_on"] == "teacher: real images"
     assert (teacher["images"], teacher["accuracy"], teacher["spread"]) == (1000, 99.0, 0.0)
+    assert metrics(finished.evaluation) == {"hlr": None, "ior": -5.0}
+    hard = {**first, "arm": "distilled-hard", "accuracy": 40.0}
+    assert metrics([*finished.evaluation, hard])["hlr"] == 59.0
+    other = [{**row, "network": "resnet20"} for row in finished.evaluation[:-1]]
+    assert metrics([*other, {**hard, "network": "resnet20"}, teacher])["hlr"] is None
 
 
 @pytest.mark.parametrize(
     ("scores", "outcome"),
     [
-        (((90, 92), (95, 97), (80, 82)), ("labels (81.0%) by 10.0 points", "beat")),
-        (((90, 92), (95, 97), (80, 82)), ("(96.0%) beat the synthetic ones by 5.0 points",)),
-        (((90, 92), (80, 80), (95, 97)), ("fall 5.0 points behind random real images",)),
-        (((90, 92), (80, 80), (95, 97)), ("fall 11.0 points behind the synthetic ones",)),
-        (((90, 92), (91, 93), (90, 91)), ("are level with", "(90.5%) (+0.5 points, within")),
+        (((90, 92), (95, 97), (80, 82)), ("beat random real images with class labels (81.0%) by",)),
+        (((90, 92), (95, 97), (80, 82)), ("fall 5.0 points behind random real images with the",)),
+        (((90, 92), (80, 80), (95, 97)), ("same kind of labels (80.0%) by 11.0 points",)),
+        (((90, 92), (80, 80), (95, 97)), ("fall 5.0 points behind random real images with class",)),
+        (((90, 92), (91, 93), (90, 91)), ("are level with", "(90.5%): +0.5 points, within")),
         (((90,), (95,), (80,)), ("one seed of each, so the spread is not known",)),
     ],
 )
@@ -307,11 +380,11 @@ def test_report_of_a_teacher_with_given_weights(tmp_path):
     html = finished.page()
     assert finished.evaluation[-1]["trained_on"] == "teacher: given weights"
     assert "Cross-entropy on the real training images" not in html
-    assert html.count("<svg") == 3
+    assert html.count("<svg") == 6
 
 
 def test_report_says_what_it_leaves_out(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.recipes.distill_report.CLASSES_SHOWN", 1)
     html = Finished(tmp_path).page()
     assert "The first 2 of 2 images of 1 of 2 classes" in html
-    assert html.count("<img") == 2
+    assert html.count("<img") == 3

@@ -23,8 +23,9 @@ from pipeline.config import TrainConfig
 from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
 from pipeline.dataset_distill.squeeze import Squeeze
 from pipeline.errors import RunError, UsageError
+from pipeline.orchestration.checkpoint import Checkpoint
 from pipeline.orchestration.fit import Fit
-from pipeline.orchestration.training import Checkpoint, train
+from pipeline.orchestration.training import train
 from pipeline.pruning import scores
 from pipeline.pruning.class_centres import ClassCentres
 from pipeline.pruning.gradients import grand
@@ -260,7 +261,7 @@ def test_weights_of_every_epoch_survive_a_stop(tmp_path: Path) -> None:
     inputs = {"train": table, "test": table}
     whole = Checkpoint(LocalStore(tmp_path / "whole"), "a")
     train(squeeze(3), inputs, 0, whole, snapshots=True)
-    cut = Checkpoint(LocalStore(tmp_path / "cut"), "a")
+    cut = Checkpoint(LocalStore(tmp_path / "cut"), "a", 0)
 
     class StopError(Exception):
         pass
@@ -277,13 +278,13 @@ def test_weights_of_every_epoch_survive_a_stop(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoint, "write", stops)
         with pytest.raises(StopError):
-            train(squeeze(3), inputs, 0, cut, every=0, snapshots=True)
+            train(squeeze(3), inputs, 0, cut, snapshots=True)
     first = cut.read_snapshot(1)
-    train(squeeze(3), inputs, 0, cut, every=0, snapshots=True)
+    train(squeeze(3), inputs, 0, cut, snapshots=True)
     assert cut.read_snapshot(1) == first
     for epoch in (1, 2, 3):
         assert cut.read_snapshot(epoch) == whole.read_snapshot(epoch)
-    cut.delete()
+    cut.delete(3)
     assert list(cut.store.files()) == []
     whole.store.replace("a-epoch-00002", b"x" * 100)
     with pytest.raises(RunError, match="after epoch 2 are damaged"):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from samples import image_table
 
 from pipeline.config import TrainConfig
 from pipeline.dataset_distill.config import ImageConfig, StudentConfig
+from pipeline.dataset_distill.label_codec import LabelCodec
 from pipeline.dataset_distill.student import Student, StudentTraining
-from pipeline.dataset_distill.views import Views, render, sample_views
+from pipeline.dataset_distill.views import Views, ViewSampler, render
 from pipeline.tensors import tensor_column
 
 CPU = torch.device("cpu")
@@ -20,17 +23,18 @@ IMAGE = ImageConfig(size=8)
 ROWS, VIEWS = 6, 3
 
 
-def prepared(batch_size: int = 4) -> tuple[StudentTraining, Views, Any]:
-    rngs = [np.random.default_rng(seed) for seed in range(ROWS)]
-    views = sample_views(rngs, IMAGE, VIEWS, 0.3, 1.0)
+def prepared(batch_size: int = 4, **options: Any) -> tuple[StudentTraining, Views, Any]:
+    sampler = ViewSampler(IMAGE, 0.3, 1.0, ROWS)
+    seeds = np.random.default_rng(4).integers(0, 2**62, ROWS)
     logits = np.random.default_rng(9).normal(size=(ROWS, VIEWS, 2)).astype(np.float16) * 8
     train = image_table(ROWS)
-    for name, values in {**vars(views), "logits": logits}.items():
-        train = train.append_column(name, tensor_column(values))
+    labels = train.select(["key", "label"]).append_column("seed", pa.array(seeds))
+    labels = labels.append_column("logits", tensor_column(logits))
     config = StudentConfig(temperature=5.0, train=TrainConfig(batch_size=batch_size))
-    task = Student(config, "convnet3", IMAGE, 2)
-    inputs = {"train": train, "test": image_table(4, seed=1)}
-    return task.prepare(inputs, 3, CPU), views.to(CPU), torch.from_numpy(logits).float()
+    task = Student(config, "convnet3", 2, sampler, LabelCodec(), **options)
+    inputs = {"train": train, "labels": labels, "test": image_table(4, seed=1)}
+    views = sampler.draw(seeds, range(VIEWS)).to(CPU)
+    return task.prepare(inputs, 3, CPU), views, torch.from_numpy(logits).float()
 
 
 def log_softmax(x: Any) -> Any:
@@ -88,9 +92,58 @@ def test_the_score_is_the_share_of_right_answers() -> None:
     training, _, _ = prepared()
     training.model.eval()
     with torch.inference_mode():
-        answers = training.model(training.test.images).argmax(1)
+        answers = training.model(training.test.images.take(slice(None))).argmax(1)
         found = training.evaluate()
     assert found["accuracy"] == pytest.approx(
         100 * float((answers == training.test.labels).double().mean())
     )
     assert found["images"] == 4
+
+
+def test_fewer_views_can_be_used_than_are_stored() -> None:
+    training, _, logits = prepared(batch_size=ROWS, views=2)
+    assert sorted(training.batch(3, 0)[1].tolist()) == sorted(logits[:, 1].tolist())
+
+
+def test_shuffled_labels_are_those_of_the_batch_in_another_order() -> None:
+    plain, _, _ = prepared(batch_size=ROWS)
+    shuffled, _, _ = prepared(batch_size=ROWS, shuffled=True)
+    (x, target), (same, dealt) = plain.batch(1, 0), shuffled.batch(1, 0)
+    assert torch.equal(x, same)
+    assert sorted(target.tolist()) == sorted(dealt.tolist())
+    orders = {str(shuffled.batch(epoch, 0)[1].argsort(0)) for epoch in range(0, 30, VIEWS)}
+    assert len(orders) > 3
+
+
+class Asked:
+    """A teacher that says the mean and the largest value of an image."""
+
+    identity = "asked"
+
+    def networks(self, device: torch.device) -> list[torch.nn.Module]:
+        class Network(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return torch.stack([x.mean((1, 2, 3)), x.amax((1, 2, 3))], 1)
+
+        return [Network()]
+
+
+def test_online_labels_are_what_the_teachers_say_of_views_that_do_not_repeat() -> None:
+    training, _, _ = prepared(batch_size=ROWS, online=Asked())
+    training = replace(training, labels=replace(training.labels, arrays={}))
+    x, target = training.batch(2, 0)
+    torch.testing.assert_close(target, torch.stack([x.mean((1, 2, 3)), x.amax((1, 2, 3))], 1))
+    assert not torch.equal(training.batch(2 + VIEWS, 0)[0].sort(0)[0], x.sort(0)[0])
+    training.loss((x, target)).backward()  # type: ignore[no-untyped-call]
+
+
+def test_labels_of_other_samples_are_refused() -> None:
+    training, _, _ = prepared()
+    inputs = {"train": image_table(ROWS), "test": image_table(4, seed=1)}
+    labels = (
+        image_table(ROWS)
+        .select(["key", "label"])
+        .append_column("seed", pa.array(range(ROWS), pa.int64()))
+    )
+    with pytest.raises(ValueError, match="same samples"):
+        training.task.prepare({**inputs, "labels": labels.take(list(range(ROWS))[::-1])}, 3, CPU)

@@ -30,10 +30,11 @@ from pipeline.dataset_distill.squeeze import Squeeze
 from pipeline.device import reproducible
 from pipeline.digest import digest
 from pipeline.errors import RunError
-from pipeline.orchestration import training
+from pipeline.orchestration import checkpoint, training
+from pipeline.orchestration.checkpoint import Checkpoint
 from pipeline.orchestration.fit import Fit
 from pipeline.orchestration.local_executor import LocalExecutor
-from pipeline.orchestration.training import Checkpoint, Trained, train
+from pipeline.orchestration.training import Trained, train
 from pipeline.storage.models import read_model, read_spec
 from pipeline.storage.source import TableSource
 from pipeline.storage.store import LocalStore
@@ -101,8 +102,8 @@ def _power(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     STOP_AT.clear()
 
 
-def kept(folder: Path, name: str) -> Checkpoint:
-    return Checkpoint(LocalStore(folder), name)
+def kept(folder: Path, name: str, every: float = 600.0) -> Checkpoint:
+    return Checkpoint(LocalStore(folder), name, every)
 
 
 def state(trained: Trained[Any]) -> dict[str, bytes]:
@@ -118,7 +119,7 @@ def stopped(task: Task, folder: Path, done: int, every: float = 0.0) -> None:
     """Train until ``done`` steps are done, and fail in the next one."""
     STOP_AT.add(divmod(done, STEPS))
     with pytest.raises(OSError, match="power"):
-        train(task, {}, 7, kept(folder, "stopped"), every)
+        train(task, {}, 7, kept(folder, "stopped", every))
     STOP_AT.clear()
 
 
@@ -141,7 +142,7 @@ def test_a_training_stopped_between_any_two_steps_ends_with_the_same_weights(
         place = f"epoch {epoch} of {EPOCHS}, step {step} of {STEPS}"
         assert f"stopped: checkpoint at {place}" in caplog.messages
         assert caplog.messages[-1] == f"stopped: training goes on from {place}"
-        kept(tmp_path, "stopped").delete()
+        (tmp_path / "stopped.pt").unlink()
 
 
 def test_a_training_stopped_again_and_again_ends_with_the_same_weights(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_a_training_stopped_again_and_again_ends_with_the_same_weights(tmp_path:
     whole = train(task, {}, 7, kept(tmp_path, "whole"))
     for done in BOUNDARIES:
         stopped(task, tmp_path, done)
-    resumed = train(task, {}, 7, kept(tmp_path, "stopped"), every=0)
+    resumed = train(task, {}, 7, kept(tmp_path, "stopped", 0))
     assert len(resumed.training.modes) == 1
     again = train(task, {}, 7, kept(tmp_path, "stopped"))
     assert not again.training.modes
@@ -163,16 +164,16 @@ def test_checkpoints_are_the_given_seconds_apart(
 ) -> None:
     caplog.set_level(logging.INFO)
     clock = itertools.count()
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     task = Task(config())
-    train(task, {}, 7, kept(tmp_path, "a"), every=5)
+    train(task, {}, 7, kept(tmp_path, "a", 5))
     # The clock goes on by one whenever it is asked: at the start, at each step, at each checkpoint.
     places = ["epoch 2 of 3, step 1 of 4", "epoch 3 of 3, step 2 of 4"]
     assert caplog.messages == [f"a: checkpoint at {place}" for place in places]
-    whole = train(task, {}, 7, kept(tmp_path, "b"), every=1000)
+    whole = train(task, {}, 7, kept(tmp_path, "b", 1000))
     assert not (tmp_path / "b.pt").exists()
     stopped(task, tmp_path, 8, every=5)
-    resumed = train(task, {}, 7, kept(tmp_path, "stopped"), every=1000)
+    resumed = train(task, {}, 7, kept(tmp_path, "stopped", 1000))
     assert len(resumed.training.modes) == 7
     assert state(resumed) == state(whole)
 
@@ -191,7 +192,7 @@ def loss(self, batch, real=here.Session.loss):
 here.Session.loss = loss
 here.training.default_device = lambda: torch.device("cpu")
 with here.reproducible(threads=1):
-    here.train(here.Task(here.config()), {}, 7, here.kept(Path(sys.argv[1]), "killed"), every=0)
+    here.train(here.Task(here.config()), {}, 7, here.kept(Path(sys.argv[1]), "killed", 0))
 """
 
 
@@ -246,7 +247,7 @@ def test_a_damaged_checkpoint_leads_to_training_anew(
     data[place] ^= 4
     path.write_bytes(data)
     resumed = train(task, {}, 7, kept(tmp_path, "stopped"))
-    assert "the checkpoint is damaged, training begins anew" in caplog.text
+    assert "the checkpoint is damaged, the work begins anew" in caplog.text
     assert len(resumed.training.modes) == EPOCHS * STEPS
     assert state(resumed) == state(whole)
 
@@ -271,12 +272,12 @@ def test_a_checkpoint_of_something_else_leads_to_training_anew(
     task = Task(config())
     whole = train(task, {}, 7, kept(tmp_path, "whole"))
     stopped(task, tmp_path, 6)
-    checkpoint = kept(tmp_path, "stopped")
-    found = checkpoint.read()
+    place = kept(tmp_path, "stopped")
+    found = place.read()
     assert found is not None
     change(found)
-    checkpoint.write(found)
-    resumed = train(task, {}, 7, checkpoint)
+    place.write(found)
+    resumed = train(task, {}, 7, place)
     assert "the checkpoint does not fit the model, training begins anew" in caplog.text
     assert len(resumed.training.modes) == EPOCHS * STEPS
     assert state(resumed) == state(whole)
@@ -293,18 +294,18 @@ def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
 
 
 def test_no_part_of_a_checkpoint_is_taken_for_one(tmp_path: Path) -> None:
-    checkpoint = kept(tmp_path, "a")
-    assert checkpoint.read() is None
-    checkpoint.write({"losses": [1.0], "x": torch.arange(3)})
+    place = kept(tmp_path, "a")
+    assert place.read() is None
+    place.write({"losses": [1.0], "x": torch.arange(3)})
     data = (tmp_path / "a.pt").read_bytes()
-    found = checkpoint.read()
+    found = place.read()
     assert found is not None
     assert found["x"].tolist() == [0, 1, 2]
     for size in (0, 1, 31, 32, 33, len(data) // 2, len(data) - 1):
         (tmp_path / "a.pt").write_bytes(data[:size])
-        assert checkpoint.read() is None
-    checkpoint.delete()
-    checkpoint.delete()
+        assert place.read() is None
+    place.delete()
+    place.delete()
     assert not (tmp_path / "a.pt").exists()
 
 

@@ -18,13 +18,15 @@ class Recipe:
 
     Attributes:
         config: the type of its configuration.
-        defaults: values for a data set, laid under what the user gives.
+        defaults: values for a data set, laid under what the user gives, which it is given too.
         run: does it, and returns a summary of plain JSON types.
+        estimate: what it would cost, on the device at hand or on a GPU by its name.
     """
 
     config: type[Config]
-    defaults: Callable[[Dataset], Mapping[str, Any]]
+    defaults: Callable[[Dataset, Mapping[str, Any]], Mapping[str, Any]]
     run: Callable[[Run, Dataset, Any], dict[str, Any]]
+    estimate: Callable[[Dataset, Any, str | None], dict[str, Any]] | None = None
 
 
 recipes: Registry[Recipe] = Registry(

@@ -114,4 +114,4 @@ def write_split(
     return run.map(name, even, [], to=ZarrFormat())
 
 
-RECIPE = Recipe(ConvertConfig, lambda _: {}, convert)
+RECIPE = Recipe(ConvertConfig, lambda *_: {}, convert)

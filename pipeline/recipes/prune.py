@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipeline.orchestration.run import Run
 from pipeline.pruning.pool import Pool
 from pipeline.recipes import Recipe
 from pipeline.recipes.convert import ConvertConfig, write_split
-from pipeline.recipes.distill import UNKNOWN
+from pipeline.recipes.distill_config import UNKNOWN
 from pipeline.recipes.prune_choice import SMALL_NETWORK, Plan, choose, write_keys
 from pipeline.recipes.prune_config import PruneConfig
 from pipeline.recipes.prune_duplicates import find_duplicates
@@ -179,7 +180,7 @@ def _pool(material: Material, plan: Plan, told: Told) -> Pool:
     )
 
 
-def defaults(data: Dataset) -> dict[str, Any]:
+def defaults(data: Dataset, _: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for a data set: images as it has them, and no larger than a small network needs."""
     image = data.info.image if data.info else UNKNOWN
     train = TrainConfig(epochs=30).model_dump()

@@ -19,14 +19,17 @@ def teacher_task(config: SqueezeConfig, image: ImageConfig, classes: int) -> Squ
     return Squeeze(config.model_copy(update={"weights": file.name}), image, classes, file)
 
 
-def portable(config: Config, section: str) -> dict[str, Any]:
+def portable(config: Config, *sections: str) -> dict[str, Any]:
     """A configuration as a manifest holds it: a path on one machine says nothing on another.
 
     Args:
         config: of a recipe.
-        section: the one that may name a file of weights.
+        sections: those that may name a file of weights, or are lists of such.
     """
     values = config.model_dump(mode="json")
-    if values[section]["weights"]:
-        values[section]["weights"] = Path(values[section]["weights"]).name
+    for section in sections:
+        found = values[section]
+        for teacher in found if isinstance(found, list) else [found]:
+            if teacher["weights"]:
+                teacher["weights"] = Path(teacher["weights"]).name
     return values
