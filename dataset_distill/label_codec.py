@@ -97,13 +97,9 @@ def _levels(x: npt.NDArray[np.float32], most: int) -> tuple[npt.NDArray[np.uint8
     """Numbers of levels, and the range (..., 2) float16 that they divide; it holds all values."""
     ends = np.stack([x.min(-1), x.max(-1)], -1)
     rounded = ends.astype(np.float16)
-    for side, far in ((0, np.float16(-np.inf)), (1, np.float16(np.inf))):
-        inside = (
-            rounded[..., side] > ends[..., side] if side == 0 else rounded[..., 1] < ends[..., 1]
-        )
-        rounded[..., side] = np.where(
-            inside, np.nextafter(rounded[..., side], far), rounded[..., side]
-        )
+    outwards = np.nextafter(rounded, np.array([-np.inf, np.inf], np.float16))
+    inside = np.stack([rounded[..., 0] > ends[..., 0], rounded[..., 1] < ends[..., 1]], -1)
+    rounded = np.where(inside, outwards, rounded)
     low, high = (rounded[..., side, None].astype(np.float32) for side in (0, 1))
     step = np.maximum(high - low, np.finfo(np.float32).tiny) / most
     return np.rint((x - low) / step).clip(0, most).astype(np.uint8), rounded

@@ -158,8 +158,8 @@ class StudentTraining:
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         rows = self.train.rows(self.seed, epoch, index, self.config.batch_size)
-        stored = self.task.views or self.labels.views
-        number = epoch % stored if stored else epoch
+        counts = [count for count in (self.task.views, self.labels.views) if count]
+        number = epoch % min(counts) if counts else epoch
         views = self.views.of(number, rows.device)
         x = render(self.train.images, views, rows, torch.zeros_like(rows))
         if self.teachers:

@@ -181,9 +181,10 @@ def plan(recipe: str, dataset: str, *, gpu: str | None = None, **options: Any) -
     """
     job = Job(recipe=recipe, dataset=dataset, **options)
     found, chosen, values = _prepared(job)
-    estimate = chosen.estimate(found, values, gpu) if chosen.estimate else None
     planner = Planner(job.store(found), executors.get("local")(), **job.options)
     until = planner.follow(lambda run: chosen.run(run, found, values))
+    # What the recipe refuses it has refused by now.
+    estimate = chosen.estimate(found, values, gpu) if chosen.estimate else None
     steps = [
         {
             **vars(step),

@@ -58,14 +58,19 @@ class Candidates:
         pictures = Pictures.of(to_numpy(table["image"]), self.image, device)
         labels = torch.from_numpy(to_numpy(table["label"]).astype(np.int64)).to(device)
         seeds = np.array([seed_for(context.seed, k) for k in table["key"].to_pylist()], np.uint64)
-        tiles, losses = self._tiles(pictures.pixels, seeds, 0), torch.zeros(0)
-        for crop in range(self.crops):
+
+        def loss_of(tiles: Tensor) -> Tensor:
+            logits = in_batches(teacher, self._seen(tiles, pictures))
+            return F.cross_entropy(logits, labels, reduction="none")
+
+        tiles = self._tiles(pictures.pixels, seeds, 0)
+        losses = loss_of(tiles)
+        for crop in range(1, self.crops):
             tried = self._tiles(pictures.pixels, seeds, crop)
-            logits = in_batches(teacher, self._seen(tried, pictures))
-            loss = F.cross_entropy(logits, labels, reduction="none")
-            better = loss < losses if crop else torch.ones_like(loss, dtype=torch.bool)
+            found = loss_of(tried)
+            better = found < losses
             tiles = torch.where(better[:, None, None, None], tried, tiles)
-            losses = torch.where(better, loss, losses) if crop else loss
+            losses = torch.where(better, found, losses)
         features = in_batches(partial(backbones.embed, teacher), self._seen(tiles, pictures))
         columns = {
             "image": tensor_column(tiles.permute(0, 2, 3, 1).contiguous().cpu().numpy()),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 from torch import nn
 
 import pipeline
@@ -137,6 +138,13 @@ def test_a_plan_tells_what_it_would_cost(
     told = capsys.readouterr().out
     assert "labels: 20 views of each image as int4, at most 19." in told
     assert "a100" in told
+
+
+def test_a_plan_for_images_without_labels_is_refused(tmp_path: Path) -> None:
+    for number in range(4):
+        Image.new("L", (8, 8), 50 * number).save(tmp_path / f"{number}.png")
+    with pytest.raises(UsageError, match="no labels"):
+        plan("distill", str(tmp_path), out=tmp_path / "out")
 
 
 def refusal(tmp_path: Path, **config: Any) -> PipelineError:

@@ -103,6 +103,8 @@ def test_the_score_is_the_share_of_right_answers() -> None:
 def test_fewer_views_can_be_used_than_are_stored() -> None:
     training, _, logits = prepared(batch_size=ROWS, views=2)
     assert sorted(training.batch(3, 0)[1].tolist()) == sorted(logits[:, 1].tolist())
+    training, _, logits = prepared(batch_size=ROWS, views=VIEWS + 4)  # no more than there are
+    assert sorted(training.batch(VIEWS, 0)[1].tolist()) == sorted(logits[:, 0].tolist())
 
 
 def test_shuffled_labels_are_those_of_the_batch_in_another_order() -> None:

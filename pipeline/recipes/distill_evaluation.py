@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from statistics import fmean, stdev
 from typing import Any
 
 from pipeline.dataset_distill.config import SqueezeConfig
@@ -170,13 +169,10 @@ def evaluation_table(
     count, relabel = images.artifact.manifest["counts"]["out"], trainings.relabel
     image_bytes, stored = images.bytes(), logits_bytes(labels)
     order = [*ARMS, *(arm for arm, _ in trainings.rows)]
-    rows = []
-    places = {
-        row: (trainings.networks.index(network), order.index(arm))
-        for row, (arm, network) in enumerate(trainings.rows)
-    }
-    listed = list(trainings.rows.values())
-    for row in (listed[number] for number in sorted(places, key=lambda n: places[n])):
+    networks, rows = trainings.networks, []
+    for row in sorted(
+        trainings.rows.values(), key=lambda r: (networks.index(r.network), order.index(r.arm))
+    ):
         last = [scores[unit] for unit in row.units]
         best = [
             max(e[1]["accuracy"] for e in history(students, u)["evaluations"]) for u in row.units
@@ -187,8 +183,17 @@ def evaluation_table(
             sizes[1] = stored
         if row.views:
             sizes[1] = label_bytes(relabel.codec, row.views, count, trainings.classes)
-        values = (row.arm, row.network, row.title, count, *sizes, *_summary(last), _mean(best))
-        rows.append(dict(zip(NAMES, (*values, len(last)), strict=True)))
+        values = (
+            row.arm,
+            row.network,
+            row.title,
+            count,
+            *sizes,
+            fmean(last),
+            _spread(last),
+            fmean(best),
+        )
+        rows.append(dict(zip(NAMES, values, strict=True)))
     return rows + [_teacher(teachers, unit, real_images) for unit in trainings.teachers.units]
 
 
@@ -240,8 +245,5 @@ def history(artifact: Artifact, unit: str) -> dict[str, Any]:
     return found
 
 
-def _summary(values: Sequence[float]) -> tuple[float, float]:
-    return _mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-_mean = partial(statistics.fmean)
+def _spread(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0

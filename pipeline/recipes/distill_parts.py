@@ -135,8 +135,9 @@ class Parts:
 
     @cached_property
     def train(self) -> ArtifactSource | None:
-        """The training images, decoded; where no teacher is trained nobody needs them all."""
-        if all(task.given for task in self.squeezes.values()):
+        """The training images, decoded, where a training or class statistics need them all."""
+        given = all(task.given for task in self.squeezes.values())
+        if given and self.config.recover.batch_of != "class":
             return None
         stages = [*self._train_part, self.decode]
         return self.run.map("train", self.data.train, stages, to=ParquetFormat())
@@ -164,13 +165,10 @@ class Parts:
         """What images are made of, and how."""
         recover, image = self.config.recover, self.config.image
         statistics = None
-        if recover.batch_of == "class":
-            source, stages = self._decoded()
-            if stages:
-                source = self.run.map("train", source, stages, to=ParquetFormat())
+        if recover.batch_of == "class" and self.train:
             models = FittedModels(teachers, self.units)
             task = ClassStatistics(models, image, len(self.classes))
-            statistics = self.run.rounds("class-statistics", task, source, "image", "label")
+            statistics = self.run.rounds("class-statistics", task, self.train, "image", "label")
         stage = Recover(teachers, self.units, recover, image, statistics)
         plan = self.plan(recover)
         return (plan if recover.start == "noise" else self._starts(teachers, plan)), [stage]
@@ -187,7 +185,8 @@ class Parts:
         names = ["label", "loss", "feature"]
         table = pa.concat_tables([t.select(names) for t in pool.tables()])
         labels, losses, features = (to_numpy(table[name]) for name in names)
-        _check_classes(dict(zip(self.classes, np.bincount(labels).tolist(), strict=False)), 1)
+        counts = np.bincount(labels, minlength=len(self.classes)).tolist()
+        _check_classes(dict(zip(self.classes, counts, strict=True)), 1)
         count = ipc * recover.tiles**2
         seed = seed_for(self.run.seed, "starts") % 2**32
         rows = rank_starts(
@@ -237,7 +236,7 @@ class Parts:
     def random_real(self) -> list[ChosenSource]:
         """Random real images, another draw for each seed, in the order of the synthetic ones."""
         seeds, ipc = range(self.config.seeds), self.config.ipc
-        draws = [rank_at_random(self.index, ipc, (self.run.seed, n), spare=True) for n in seeds]
+        draws = [rank_at_random(self.index, ipc, (self.run.seed, n)) for n in seeds]
         keep = Keep(tuple(sorted({key for draw in draws for keys in draw for key in keys})))
         source, stages = self._decoded()
         pool = self.run.map("real", source, [keep, *stages], to=ParquetFormat())
@@ -258,7 +257,7 @@ class Parts:
 
 
 def rank_at_random(
-    index: ArtifactSource, count: int, seed: object, *, least: int | None = None, spare: bool = True
+    index: ArtifactSource, count: int, seed: object, *, least: int | None = None
 ) -> list[list[str]]:
     """Keys of real samples by class: ``count`` of each, and a few more should some be damaged.
 
@@ -271,7 +270,6 @@ def rank_at_random(
         count: of each class.
         seed: of the draw.
         least: samples that every class has to have; ``count`` where not given.
-        spare: whether a few more are given.
 
     Raises:
         RunError: a class has too few samples.
@@ -291,7 +289,7 @@ def rank_at_random(
         )
     names = zip(index.classes, by_class, strict=True)
     _check_classes({name: len(keys) for name, keys in names}, count if least is None else least)
-    more = count + (1 + count // 10 if spare else 0)
+    more = count + 1 + count // 10
     return [sorted(keys, key=lambda k: digest(seed, "random", k))[:more] for keys in by_class]
 
 
