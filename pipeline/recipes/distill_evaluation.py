@@ -183,16 +183,8 @@ def evaluation_table(
             sizes[1] = stored
         if row.views:
             sizes[1] = label_bytes(relabel.codec, row.views, count, trainings.classes)
-        values = (
-            row.arm,
-            row.network,
-            row.title,
-            count,
-            *sizes,
-            fmean(last),
-            _spread(last),
-            fmean(best),
-        )
+        scored = (fmean(last), _spread(last), fmean(best), len(last))
+        values = (row.arm, row.network, row.title, count, *sizes, *scored)
         rows.append(dict(zip(NAMES, values, strict=True)))
     return rows + [_teacher(teachers, unit, real_images) for unit in trainings.teachers.units]
 
