@@ -131,7 +131,7 @@ SRE2L: Mapping[str, dict[str, Any]] = {
 SMOOTH: dict[str, Any] = {"student": {"train": {"zeta": 2.0, "ema": 0.99}}}
 """Students of EDC: a learning rate that ends at half its peak, and averaged weights."""
 REFINED: dict[str, Any] = {
-    "recover": {"start": "prototypes", "batch_of": "mixed", "iterations": 100, "lr": 0.02}
+    "recover": {"start": "prototypes", "batch_of": "mixed", "iterations": 100, "lr": 0.01}
     | {"r_bn": 3.0, "relative": True, "milestone": 0.0, "crop_floor": 0.5}
 }
 """Typical real images, moved a little. Chosen on training images of CIFAR-10 and Fashion-MNIST that
