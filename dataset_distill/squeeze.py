@@ -4,31 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import backbones
-from pipeline.backbones import ModelSpec
+from pipeline.backbones import ModelSpec, Weights
 from pipeline.config import TrainConfig
 from pipeline.dataset_distill.classify import LabelledImages, accuracy
 from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
 from pipeline.digest import seed_for
 from pipeline.errors import UsageError
-
-
-class Weights(Protocol):
-    """Arrays of a state dict by name; ``identity`` is the digest of the file."""
-
-    @property
-    def identity(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    def arrays(self) -> dict[str, npt.NDArray[Any]]: ...
 
 
 @dataclass(frozen=True)

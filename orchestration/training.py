@@ -13,7 +13,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones import ModelSpec
 from pipeline.config import TrainConfig
 from pipeline.device import default_device
 from pipeline.digest import seed_for
@@ -33,7 +32,9 @@ class Training(Protocol[B]):
     """
 
     @property
-    def spec(self) -> ModelSpec: ...
+    def spec(self) -> Any:
+        """How to build the model anew: a dataclass of plain JSON types."""
+
     @property
     def model(self) -> nn.Module: ...
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy.typing as npt
 import torch
@@ -32,6 +32,16 @@ class ModelSpec:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+class Weights(Protocol):
+    """Arrays of a state dict by name; ``identity`` is the digest of the file."""
+
+    @property
+    def identity(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    def arrays(self) -> dict[str, npt.NDArray[Any]]: ...
 
 
 class ConvNet(nn.Module):

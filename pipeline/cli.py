@@ -29,6 +29,12 @@ FLAGS = {
     "backbone": "proxy.backbone",
     "weights": "proxy.weights",
     "materialize": "materialize",
+    "tokenizer": "tokenizer",
+    "views": "views",
+    "size": "size",
+    "tokens": "tokens",
+    "mean_bytes": "mean_bytes",
+    "min_psnr": "min_psnr",
 }
 """Options that are short for a ``--set``, by the setting they stand for."""
 

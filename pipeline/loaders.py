@@ -29,6 +29,7 @@ from pipeline.storage.selected import SelectedSource, selected_keys
 from pipeline.storage.source import Source
 from pipeline.storage.store import open_store
 from pipeline.tensors import to_numpy
+from pipeline.token_dataset import TokenDataset
 
 CPU = torch.device("cpu")
 
@@ -153,7 +154,8 @@ def open(  # noqa: A001
     seed: int = 0,
     rank: int = 0,
     world: int = 1,
-) -> DistilledDataset | PrunedDataset:
+    split: str = "train",
+) -> DistilledDataset | PrunedDataset | TokenDataset:
     """Open what a run published.
 
     Args:
@@ -166,6 +168,7 @@ def open(  # noqa: A001
         seed: of a pruned data set's order.
         rank: of a pruned data set, the part of the shards that this process reads.
         world: number of such parts.
+        split: of a token store, ``train`` or ``test``.
 
     Raises:
         UsageError: there is no finished run, it is of a kind that is not opened this way, or the
@@ -175,10 +178,12 @@ def open(  # noqa: A001
     artifact = Artifact.open(open_store(path))
     if artifact.manifest["kind"] == "distilled":
         return DistilledDataset(artifact)
+    if artifact.manifest["kind"] == "tokens":
+        return TokenDataset(artifact, split)
     if artifact.manifest["kind"] != "pruned":
         raise UsageError(
             f"This folder holds '{artifact.manifest['kind']}', which is no training set.",
-            hint="Give the output folder of the whole run, of 'distill' or 'prune'.",
+            hint="Give the output folder of the whole run, of 'distill', 'prune' or 'tokenize'.",
             code="not-a-run",
             where=str(path),
         )

@@ -13,6 +13,8 @@ from pipeline import __version__
 RECIPES = {
     "distill": "a few synthetic images a class with soft labels (CDA and beyond)",
     "prune": "the samples that are worth keeping: scores, duplicates, a selection",
+    "tokenize": "tokens of all images, packed, in a store for generators",
+    "train-tokenizer": "an image tokenizer: few tokens an image, as many as it needs",
 }
 
 
@@ -104,6 +106,37 @@ def _prune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="PATH", help="output folder, or its URL")
 
 
+def _train_tokenizer_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
+    settings = parser.add_argument_group("recipe")
+    settings.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="tiny (default), instella-1024, one-d-piece-b-256 or detailflow-128",
+    )
+    parser.add_argument("--out", metavar="PATH", help="output folder, or its URL")
+
+
+def _tokenize_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
+    settings = parser.add_argument_group("recipe")
+    settings.add_argument(
+        "--tokenizer", metavar="PATH", help="output of train-tokenizer, or an exported folder"
+    )
+    settings.add_argument("--views", choices=["center", "10crop"], help="of an image (center)")
+    settings.add_argument("--size", type=int, metavar="PIXELS", help="side of a view")
+    rule = settings.add_mutually_exclusive_group()
+    rule.add_argument("--tokens", type=int, metavar="N", help="so many of every image (all)")
+    rule.add_argument(
+        "--mean-bytes", type=float, metavar="N", help="mean of an image, spent where it helps most"
+    )
+    rule.add_argument(
+        "--min-psnr", type=float, metavar="DB", help="of every image, with as few as reach it"
+    )
+    settings.add_argument("--format", help="zarr (default) or parquet")
+    parser.add_argument("--out", metavar="PATH", help="output folder, or its URL")
+
+
 def _convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="SRC", help="a known name, a path or a URL")
     parser.add_argument("out", metavar="DST", help="output folder, or its URL")
@@ -122,6 +155,8 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
 OWN_OPTIONS = {
     "distill": _distill_options,
     "prune": _prune_options,
+    "tokenize": _tokenize_options,
+    "train-tokenizer": _train_tokenizer_options,
     "convert": _convert_options,
 }
 

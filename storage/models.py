@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -25,8 +26,8 @@ _HELD = 2**30
 UNIT = "model"  # the folder of the one model that a fit step makes
 
 
-def write_model(directory: Path, model: nn.Module, spec: ModelSpec) -> None:
-    """Write the weights and the specification into ``directory``."""
+def write_model(directory: Path, model: nn.Module, spec: Any) -> None:
+    """Write the weights and the specification, a dataclass, into ``directory``."""
     (directory / WEIGHTS).write_bytes(weights_of(model))
     (directory / SPEC).write_bytes(dumps(asdict(spec)))
 

@@ -112,6 +112,41 @@ class GroupedSource(Source):
 
 
 @dataclass(frozen=True)
+class SampledSource(Source):
+    """The first samples of some shards of ``base``, evenly spaced: a look at all of it.
+
+    Args:
+        base: any source.
+        count: shards, or as many as there are.
+        rows: samples of each, at most.
+    """
+
+    base: Source
+    count: int
+    rows: int
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.base.classes
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        every = self.base.shards
+        count = min(self.count, len(every))
+        chosen = [every[place * len(every) // count] for place in range(count)]
+        return tuple(
+            Shard(shard.name, digest(shard.identity, self.rows), location={"base": asdict(shard)})
+            for shard in chosen
+        )
+
+    def lean(self) -> SampledSource:
+        return replace(self, base=self.base.lean())
+
+    def read(self, shard: Shard) -> pa.Table:
+        return self.base.read(Shard(**shard.location["base"])).slice(0, self.rows)
+
+
+@dataclass(frozen=True)
 class EvenSource(Source):
     """Shards of ``shard_rows`` rows each but the last, cut from the rows of ``base`` in order.
 

@@ -65,6 +65,18 @@ PRUNE = {
     "--weights": "weights",
     "--materialize": "materialize",
 }
+TOKENIZE = {
+    **RUN_OPTIONS,
+    "--out": "out",
+    "--tokenizer": "tokenizer",
+    "--views": "views",
+    "--size": "size",
+    "--tokens": "tokens",
+    "--mean-bytes": "mean_bytes",
+    "--min-psnr": "min_psnr",
+    "--format": "format",
+}
+TRAIN_TOKENIZER = {**RUN_OPTIONS, "--out": "out", "--preset": "preset"}
 CONVERT = {
     **RUN_OPTIONS,
     "out": "out",
@@ -86,12 +98,16 @@ def test_the_command_line_is_frozen():
             "-h/--help": "help",
             "distill": DISTILL,
             "prune": PRUNE,
+            "tokenize": TOKENIZE,
+            "train-tokenizer": TRAIN_TOKENIZER,
         },
         "convert": CONVERT,
         "plan": {
             "-h/--help": "help",
             "distill": {**DISTILL, "--gpu": "gpu"},
             "prune": PRUNE,
+            "tokenize": TOKENIZE,
+            "train-tokenizer": TRAIN_TOKENIZER,
             "convert": CONVERT,
         },
         "status": {**OUTPUT, "--watch": "watch"},

@@ -46,6 +46,7 @@ FRONT = {
     "sample_index",
     "schedules",
     "sheet",
+    "token_dataset",
 }
 LAZY = re.compile(r"pipeline(\.\w+)+:\w+")
 

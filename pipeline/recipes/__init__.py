@@ -35,5 +35,7 @@ recipes: Registry[Recipe] = Registry(
         "convert": "pipeline.recipes.convert:RECIPE",
         "distill": "pipeline.recipes.distill:RECIPE",
         "prune": "pipeline.recipes.prune:RECIPE",
+        "tokenize": "pipeline.recipes.tokenize:RECIPE",
+        "train-tokenizer": "pipeline.recipes.train_tokenizer:RECIPE",
     },
 )

@@ -1,0 +1,249 @@
+"""Train an image tokenizer, and measure what its tokens are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from pipeline.backbones import Weights
+from pipeline.config import Config, TrainConfig, build, merge
+from pipeline.datasets import Dataset
+from pipeline.orchestration.run import Run
+from pipeline.recipes import Recipe
+from pipeline.recipes.distill_config import UNKNOWN
+from pipeline.recipes.tokenizer_report import report
+from pipeline.stage import Stage
+from pipeline.stages.decode import Decode
+from pipeline.stages.select import Split
+from pipeline.stages.tokenize import Measure, ModelFiles, Reconstruct
+from pipeline.storage.artifact import Artifact, ArtifactSource
+from pipeline.storage.models import SPEC, UNIT, WEIGHTS
+from pipeline.storage.parquet import ParquetFormat
+from pipeline.storage.regroup import ChosenSource
+from pipeline.storage.weights import WeightsFile
+from pipeline.tensors import to_numpy
+from pipeline.tokenizers.config import PRESETS, TRAINING, TokenizerConfig, TokenizerTrainConfig
+from pipeline.tokenizers.lengths import (
+    LengthRule,
+    byte_costs,
+    candidates,
+    multiplier_for,
+    threshold,
+)
+from pipeline.tokenizers.predictor import CurvePredictor, TrainPredictor, load_predictor
+from pipeline.tokenizers.quality import grid, psnr
+from pipeline.tokenizers.tokenizer import LatentTokenizer
+from pipeline.tokenizers.tokens import TokenForm
+from pipeline.tokenizers.training import TrainTokenizer
+
+ROWS = 500
+"""Images of a shard that is measured."""
+SHOWN = 8
+"""Images that the report shows."""
+
+
+class TrainTokenizerConfig(Config):
+    """Configuration of the recipe ``train-tokenizer``."""
+
+    preset: Literal["tiny", "instella-1024", "one-d-piece-b-256", "detailflow-128"] = Field(
+        "tiny", description="whose settings are the defaults; every one can be set by itself"
+    )
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    training: TokenizerTrainConfig = TokenizerTrainConfig()
+    measured: int = Field(
+        2000, ge=1, description="images whose error curves are measured, of each split"
+    )
+    predictor: TrainConfig = TrainConfig(epochs=60, batch_size=128, lr=2e-3, weight_decay=0.05)
+
+
+def defaults(data: Dataset, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for a data set, of the preset that ``values`` name.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    name = build(_Preset, {"preset": values["preset"]} if "preset" in values else {}).preset
+    image = data.info.image if data.info else UNKNOWN
+    sized = {"channels": image.get("channels", 3)}
+    if name == "tiny":
+        sized["size"] = image["size"]
+    flip = {"training": {"flip": image.get("flip", True)}}
+    published = {"tokenizer": dict(PRESETS[name]), "training": TRAINING[name]}
+    kind = values.get("tokenizer", {}).get("quantizer", {}).get("kind")
+    if kind not in {None, published["tokenizer"]["quantizer"]["kind"]}:
+        del published["tokenizer"]["quantizer"]  # its settings are none of the other kind's
+    return merge(merge({"preset": name, "tokenizer": sized}, flip), published)
+
+
+class _Preset(Config):
+    preset: Literal["tiny", "instella-1024", "one-d-piece-b-256", "detailflow-128"] = "tiny"
+
+
+def train_tokenizer(run: Run, data: Dataset, config: TrainTokenizerConfig) -> dict[str, Any]:
+    """Train, measure error curves of images, and fit the predictor of these curves."""
+    settings = config.tokenizer
+    decode = Decode(settings.size, settings.channels)
+    train = _split(run, data, "train", decode)
+    test = _split(run, data, "test", decode)
+    task = TrainTokenizer(settings, *_perceptual(config.training))
+    tokenizer = run.fit("tokenizer", task, train=train, test=test)
+    files = model_files(tokenizer)
+    lengths = tuple(candidates(settings.tokens))
+    measure = Measure(files, lengths)
+    curves = {
+        split.artifact.manifest["step"]: run.map(
+            f"{split.artifact.manifest['step']}-curves",
+            evenly(split, config.measured),
+            [measure],
+            to=ParquetFormat(),
+        )
+        for split in (train, test)
+    }
+    predictor = run.fit("predictor", TrainPredictor(lengths, config.predictor), **curves)
+    seen = tuple(grid(settings.tokens))
+    shown = run.map(
+        "reconstructions", evenly(test, SHOWN), [Reconstruct(files, seen)], to=ParquetFormat()
+    )
+    products = {
+        "tokenizer": tokenizer,
+        "predictor": predictor,
+        "curves": curves["train"].artifact,
+        "test-curves": curves["test"].artifact,
+    }
+    form = LatentTokenizer(settings).form
+    table = evaluation(form, lengths, curves["train"], curves["test"], predictor)
+    about = {
+        "dataset": data.name,
+        "tokens": {**vars(form), "candidates": list(lengths)},
+        "health": {k: v for k, v in tokenizer.metrics.items() if k != "psnr"},
+        "psnr": tokenizer.metrics["psnr"],
+        "lengths": table,
+        "predictor": dict(predictor.metrics),
+        "config": config.model_copy(update={"training": task.training}).model_dump(mode="json"),
+        "seed": run.seed,
+    }
+    if not run.published("tokenizer", products):
+        run.publish("tokenizer", products, about, report(about, products, shown, [train, test]))
+    return {
+        **{name: about[name] for name in ("dataset", "psnr", "health")},
+        "lengths": table,
+        "tokenizer": str(run.out),
+        "report": f"{run.out}/report.html",
+    }
+
+
+def _perceptual(training: TokenizerTrainConfig) -> tuple[TokenizerTrainConfig, Weights | None]:
+    """The training, and the weights of its perceptual loss's network where a file has them.
+
+    A file of weights counts by its content, not by where it lies.
+    """
+    settings = training.loss.perceptual
+    if settings is None or settings.weights == "pretrained":
+        return training, None
+    file = WeightsFile(Path(settings.weights))
+    named = settings.model_copy(update={"weights": file.name})
+    loss = training.loss.model_copy(update={"perceptual": named})
+    return training.model_copy(update={"loss": loss}), file
+
+
+def _split(
+    run: Run, data: Dataset, part: Literal["train", "test"], decode: Decode
+) -> ArtifactSource:
+    source = data.test if part == "test" and data.test else data.train
+    stages: list[Stage] = [decode] if data.test else [Split(part), decode]
+    return run.map(part, source, stages, to=ParquetFormat())
+
+
+def evenly(source: ArtifactSource, count: int) -> ChosenSource:
+    """``count`` of the samples of a source, evenly spaced, or all where there are fewer."""
+    rows = [(n, row) for n, shard in enumerate(source.shards) for row in range(shard.rows or 0)]
+    chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
+    return ChosenSource(source, tuple(rows[place] for place in chosen.tolist()), ROWS)
+
+
+def model_files(artifact: Artifact) -> ModelFiles:
+    """The files of a model that a run fitted."""
+    return ModelFiles.of(artifact.store, f"{UNIT}/{SPEC}", f"{UNIT}/{WEIGHTS}")
+
+
+def read_curves(source: ArtifactSource) -> tuple[np.ndarray, torch.Tensor]:
+    """Error curves float64 (n, G) and summaries (n, D) of the images that were measured."""
+    table = pa.concat_tables([t.select(["curve", "summary"]) for t in source.tables()])
+    curve, summary = to_numpy(table["curve"]), to_numpy(table["summary"])
+    return curve.astype(np.float64), torch.from_numpy(summary.copy())
+
+
+def length_rule(
+    form: TokenForm,
+    lengths: tuple[int, ...],
+    curves: ArtifactSource,
+    mean_bytes: float,
+    predictor: CurvePredictor | None,
+) -> LengthRule:
+    """The rule of least mean error at ``mean_bytes``, with the price that the curves give."""
+    errors, summary = read_curves(curves)
+    if predictor is not None:
+        with torch.inference_mode():
+            errors = predictor.curves(summary).double().numpy()
+    price = multiplier_for(errors, byte_costs(form, lengths), mean_bytes)
+    return LengthRule("lagrangian", price, lengths, predictor is not None)
+
+
+def evaluation(
+    form: TokenForm,
+    lengths: tuple[int, ...],
+    train: ArtifactSource,
+    test: ArtifactSource,
+    predictor: Artifact,
+) -> list[dict[str, Any]]:
+    """One length for all beside lengths for each, at equal mean bytes, on test images."""
+    network = load_predictor(*model_files(predictor).read())
+    errors, summary = read_curves(test)
+    costs = byte_costs(form, lengths)
+    with torch.inference_mode():
+        predicted = network.curves(summary).double().numpy()
+    rows = []
+    for place in range(1, len(lengths) - 1):
+        budget = float(costs[place])
+        most = threshold_for(read_curves(train)[0], costs, budget)
+        rules = {
+            "fixed": None,
+            "lagrangian": length_rule(form, lengths, train, budget, None),
+            "predicted": length_rule(form, lengths, train, budget, network),
+            "threshold": LengthRule("threshold", most, lengths),
+        }
+        for name, rule in rules.items():
+            known = predicted if name == "predicted" else errors
+            chosen = np.full(len(errors), place) if rule is None else rule.places(known, form)
+            found = errors[np.arange(len(errors)), chosen]
+            each = psnr(torch.from_numpy(found)).numpy()
+            rows.append(
+                {
+                    "tokens": lengths[place],
+                    "chooser": name,
+                    "bytes": float(costs[chosen].mean()),
+                    "psnr_of_mean": float(-10 * np.log10(found.mean())),
+                    "mean_psnr": float(each.mean()),
+                    "psnr_5": float(np.percentile(each, 5)),
+                }
+            )
+    return rows
+
+
+def threshold_for(errors: np.ndarray, costs: np.ndarray, budget: float) -> float:
+    """The largest error allowed to every image with which the mean cost is about ``budget``."""
+    low, high = float(np.log(errors.min())), float(np.log(errors.max()))
+    for _ in range(40):
+        middle = (low + high) / 2
+        cost = costs[threshold(errors, float(np.exp(middle)))].mean()
+        low, high = (middle, high) if cost > budget else (low, middle)
+    return float(np.exp(high))
+
+
+RECIPE = Recipe(TrainTokenizerConfig, defaults, train_tokenizer)

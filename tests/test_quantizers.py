@@ -1,0 +1,171 @@
+"""Quantizers against their definitions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.config import build
+from pipeline.tokenizers.config import TokenizerConfig
+from pipeline.tokenizers.quantizers import (
+    FSQ,
+    Quantizer,
+    Shape,
+    Sign,
+    build_quantizer,
+    decorrelation,
+    nearest,
+)
+
+SHAPE = Shape(tokens=5, inputs=8, outputs=6)
+KINDS = [
+    {"kind": "bernoulli", "bits": 7},
+    {"kind": "bsq", "bits": 7},
+    {"kind": "lfq", "bits": 7},
+    {"kind": "fsq", "levels": (8, 5, 3)},
+    {"kind": "vq", "vocabulary": 20, "width": 4},
+]
+
+
+def quantizer(settings: dict[str, object]) -> Quantizer:
+    torch.manual_seed(0)
+    config = build(TokenizerConfig, {"quantizer": settings}).quantizer
+    return build_quantizer(config, SHAPE)
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: str(kind["kind"]))
+def fitted(request: pytest.FixtureRequest) -> tuple[Quantizer, Tensor]:
+    """A quantizer that has seen a few batches, and vectors."""
+    made = quantizer(request.param)
+    hidden = torch.randn(64, 5, 8, generator=torch.Generator().manual_seed(1))
+    for _ in range(60):
+        made(hidden)
+    return made.eval(), hidden
+
+
+def test_tokens_stand_for_the_vectors_that_the_decoder_was_given(
+    fitted: tuple[Quantizer, Tensor],
+) -> None:
+    made, hidden = fitted
+    found = made(hidden)
+    torch.testing.assert_close(made.vectors(found.values), found.vectors, atol=1e-5, rtol=1e-5)
+    assert torch.equal(made.values(hidden), found.values)
+
+
+def test_tokens_are_of_their_form(fitted: tuple[Quantizer, Tensor]) -> None:
+    made, hidden = fitted
+    values, form = made.values(hidden), made.form(5)
+    if form.kind == "bits":
+        assert values.shape == (64, 5, form.bits)
+        assert set(values.unique().tolist()) == {0, 1}
+    else:
+        assert values.shape == (64, 5)
+        assert values.dtype == torch.int64
+        assert 0 <= int(values.min()) <= int(values.max()) < (form.vocabulary or 0)
+
+
+def test_the_gradient_passes_to_the_encoder(fitted: tuple[Quantizer, Tensor]) -> None:
+    made, hidden = fitted
+    hidden = hidden.clone().requires_grad_()
+    made(hidden).vectors.square().mean().backward()
+    assert hidden.grad is not None
+    assert bool((hidden.grad.abs().sum((0, 2)) > 0).all())
+
+
+def test_from_the_first_step_bits_are_one_for_about_half_of_the_images() -> None:
+    made = quantizer({"kind": "bsq", "bits": 7})
+    # Vectors of different images hardly differ, as those of an encoder that has learnt nothing.
+    hidden = torch.randn(1, 5, 8) + 0.01 * torch.randn(400, 5, 8)
+    share = made(hidden).values.float().mean(0)
+    assert 0.35 < float(share.min()) <= float(share.max()) < 0.65
+
+
+def test_bernoulli_draws_in_training_and_decides_after() -> None:
+    made = quantizer({"kind": "bernoulli", "bits": 7, "temperature": 1.0})
+    hidden = torch.randn(200, 5, 8)
+    made(hidden)
+    assert not torch.equal(made(hidden).values, made(hidden).values)
+    made.eval()
+    assert torch.equal(made(hidden).values, made(hidden).values)
+
+
+def test_bernoulli_gradient_is_that_of_the_probability() -> None:
+    made = quantizer({"kind": "bernoulli", "bits": 7}).eval()
+    logits = torch.randn(3, 5, 7, requires_grad=True)
+    made.numbers = lambda _: logits  # type: ignore[method-assign]
+    weight = torch.randn(3, 5, 6)
+    (made(torch.zeros(3, 5, 8)).vectors * weight).sum().backward()
+    share = torch.sigmoid(logits.detach())
+    wanted = (weight @ made.widen.weight) * share * (1 - share)
+    torch.testing.assert_close(logits.grad, wanted)
+
+
+@pytest.mark.parametrize("kind", ["bsq", "lfq"])
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_the_entropy_is_that_of_the_softmax_over_all_codes(kind: str, group: int) -> None:
+    """In float64, by listing the codes."""
+    settings = {"kind": kind, "bits": 3, "entropy_weight": 1.0, "group": group}
+    made = quantizer(settings).double()
+    assert isinstance(made, Sign)
+    inner = torch.randn(4, 5, 3, dtype=torch.float64)
+    made.numbers = lambda _: inner  # type: ignore[method-assign]
+    unit = F.normalize(inner, dim=-1) if kind == "bsq" else inner
+    codes = torch.tensor(list(itertools.product([-1, 1], repeat=3)), dtype=torch.float64)
+    codes = codes * made.scale
+    logits = 2 * unit @ codes.T
+    shares = logits.softmax(-1)
+    own = -(shares * shares.log2()).sum(-1).mean()
+    mean = shares.mean((0, 1))
+    if group == 3:
+        batch = -(mean * mean.log2()).sum()
+        found = made(torch.zeros(4, 5, 8)).losses["entropy"]
+        torch.testing.assert_close(found, own - batch, atol=1e-6, rtol=1e-6)
+    elif group == 1:
+        ones = [mean[codes[:, bit] > 0].sum() for bit in range(3)]
+        batch = sum(-(p * p.log2() + (1 - p) * (1 - p).log2()) for p in ones)
+        found = made(torch.zeros(4, 5, 8)).losses["entropy"]
+        torch.testing.assert_close(found, own - batch, atol=1e-5, rtol=1e-5)
+    else:
+        assert math.isfinite(float(made(torch.zeros(4, 5, 8)).losses["entropy"].detach()))
+
+
+def test_fsq_ids_are_mixed_radix_numbers_of_all_levels() -> None:
+    made = quantizer({"kind": "fsq", "levels": (8, 5, 3)})
+    assert isinstance(made, FSQ)
+    every = torch.arange(120).view(24, 5)
+    levels = made.levels(every)
+    # Levels by coordinate: 8 from -4/4 to 3/4, 5 from -1 to 1, 3 from -1 to 1.
+    for place, (count, middle) in enumerate([(8, 4), (5, 2), (3, 1)]):
+        wanted = {(n - middle) / middle for n in range(count)}
+        assert set(levels[..., place].unique().tolist()) == wanted
+    made.numbers = lambda _: 20 * (torch.rand(24, 5, 3) - 0.5)  # type: ignore[method-assign]
+    found = made(torch.zeros(24, 5, 8)).values
+    assert 0 <= int(found.min()) <= int(found.max()) < 120
+    made.numbers = lambda _: torch.zeros(1, 5, 3)  # type: ignore[method-assign]
+    assert made.levels(made(torch.zeros(1, 5, 8)).values).abs().max() == 0
+
+
+def test_the_nearest_code_is_that_of_brute_force_whatever_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vectors, codes = torch.randn(70, 3, 4), torch.randn(31, 4)
+    codes[7] = codes[3]  # of equal ones the first
+    wanted = torch.cdist(vectors.double().view(-1, 4), codes.double()).argmin(1).view(70, 3)
+    assert torch.equal(nearest(vectors, codes), wanted)
+    monkeypatch.setattr("pipeline.tokenizers.quantizers._NEAREST", 31 * 8)
+    assert torch.equal(nearest(vectors, codes), wanted)
+
+
+def test_the_guard_against_copies_sees_copies_and_opposites_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    soft = torch.rand(500, 2, 6, generator=generator) * 2 - 1
+    assert float(decorrelation(soft)) < 1e-6
+    copied = soft.clone()
+    copied[:, 1, 0], copied[:, 0, 3] = soft[:, 0, 0], -soft[:, 1, 2]
+    # Two pairs of 12 bits, of 132 in both directions, exceed a quarter by three quarters.
+    assert float(decorrelation(copied)) == pytest.approx(4 * 0.75 / 132, rel=1e-3)

@@ -1,0 +1,256 @@
+"""The recipes ``train-tokenizer`` and ``tokenize``: from images to a store of tokens and back."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+import pipeline
+from pipeline.errors import PipelineError, RunError, UsageError
+from pipeline.recipes.tokenize import open_tokenizer
+from pipeline.stage import ShardContext
+from pipeline.stages.tokenize import Tokenize, read_tokenizer, views_of
+from pipeline.storage.digits import open_digits
+from pipeline.storage.store import LocalStore
+from pipeline.tensors import tensor_column, to_numpy
+from pipeline.testing.trees import tree_digest
+from pipeline.token_dataset import TokenDataset
+from pipeline.tokenizers.lengths import LengthRule
+from pipeline.tokenizers.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+SMALL = {
+    "tokenizer": {
+        "size": 8,
+        "patch": 2,
+        "tokens": 8,
+        "encoder": {"width": 32, "depth": 1, "heads": 2},
+        "decoder": {"width": 32, "depth": 1, "heads": 2},
+        "quantizer": {"kind": "bsq", "bits": 5},
+    },
+    "training": {"train": {"epochs": 4, "batch_size": 64, "lr": 2e-3, "evaluations": 2}},
+    "predictor": {"epochs": 10},
+    "measured": 300,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizer")
+    pipeline.run("train-tokenizer", "digits", out=out, config=SMALL)
+    return out
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained: Path) -> Tokenizer:
+    return read_tokenizer(open_tokenizer(trained).files, CPU)
+
+
+def tokenized(trained: Path, out: Path, **config: Any) -> TokenDataset:
+    pipeline.run("tokenize", "digits", out=out, config={"tokenizer": str(trained), **config})
+    found = pipeline.open(out)
+    assert isinstance(found, TokenDataset)
+    return found
+
+
+def digits() -> torch.Tensor:
+    images = pa.concat_tables(open_digits().tables())["image"]
+    return torch.from_numpy(to_numpy(images).copy()).permute(0, 3, 1, 2)
+
+
+def test_every_image_has_its_tokens_once(
+    trained: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    store = tokenized(trained, tmp_path)
+    assert len(store) == len(set(store.keys)) == 1797
+    tokens = tokenizer.encode(digits())
+    assert torch.equal(store.tokens(range(1797)).values, tokens.values)
+    values, length, label = store[5]
+    assert torch.equal(values, tokens.values[5])
+    assert (length, label) == (8, int(store.labels[5]))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["splits"]["train"] == {
+        "samples": 1797,
+        "tokens": 8 * 1797,
+        "token_bytes": 5 * 1797,
+        "bits": 40 * 1797,
+    }
+    store.check(tokenizer)
+
+
+def test_a_zarr_reader_needs_nothing_of_ours(
+    trained: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    import zarr
+
+    tokenized(trained, tmp_path, tokens=3)
+    product = json.loads((tmp_path / "manifest.json").read_text())["products"]["train"]
+    group = zarr.open_group(tmp_path / product / "data.zarr", mode="r")
+    packed, lengths = np.asarray(group["tokens"]), np.asarray(group["length"])
+    assert packed.shape == (1797, 1, 5)
+    assert set(lengths[:, 0].tolist()) == {3}
+    bits = np.unpackbits(packed[:, 0], axis=1, bitorder="little")[:, :15].reshape(-1, 3, 5)
+    assert np.array_equal(bits, tokenizer.encode(digits()).bits[:, :3].numpy())
+
+
+def test_ray_and_other_shards_write_the_same_bytes(trained: Path, tmp_path: Path) -> None:
+    config = {"tokenizer": str(trained), "mean_bytes": 3.5, "errors": "measured"}
+    for workers in (1, 2):
+        how = {"executor": "ray", "workers": workers} if workers > 1 else {}
+        pipeline.run("tokenize", "digits", out=tmp_path / str(workers), config=config, **how)
+    assert tree_digest(tmp_path / "1") == tree_digest(tmp_path / "2")
+
+
+def test_tokens_do_not_depend_on_who_else_is_in_the_shard(trained: Path) -> None:
+    files = open_tokenizer(trained).files
+    stage = Tokenize(files, LengthRule("lagrangian", 1e-3, (1, 2, 4, 8)), "center", 8)
+    images = digits()[:150].permute(0, 2, 3, 1).contiguous().numpy()
+
+    def rows(of: np.ndarray) -> list[tuple[list[int], int]]:
+        keys = pa.array([str(n) for n in range(len(of))])
+        table = stage(pa.table({"key": keys, "image": tensor_column(of)}), ShardContext("0", 0))
+        packed, length = to_numpy(table["tokens"])[:, 0], to_numpy(table["length"])[:, 0]
+        return list(zip(packed.tolist(), length.tolist(), strict=True))
+
+    whole = rows(images)
+    assert whole[40:53] == rows(images[40:53])
+    assert whole[149:] == rows(images[149:])
+
+
+def test_a_mean_of_bytes_is_kept_and_beats_one_length(
+    trained: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    images = digits().float() / 255
+    found = {}
+    for name, config in {
+        "fixed": {"tokens": 4},
+        "measured": {"mean_bytes": 4.0, "errors": "measured"},
+        "predicted": {"mean_bytes": 4.0},
+    }.items():
+        store = tokenized(trained, tmp_path / name, **config)
+        size = np.mean([store.form.bytes_of(k) + 1 for k in store.lengths[:, 0].tolist()])
+        assert size <= 4.02
+        decoded = tokenizer.decode(store.tokens(range(1797)))
+        found[name] = float((decoded - images).square().mean())
+    assert found["measured"] < found["predicted"] < found["fixed"]
+
+
+def test_a_least_quality_is_reached_with_as_few_tokens_as_do(
+    trained: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    store = tokenized(trained, tmp_path, min_psnr=11.0)
+    images, most = digits().float() / 255, 10**-1.1
+    tokens = store.tokens(range(1797))
+
+    def errors(of: Any) -> torch.Tensor:
+        return (tokenizer.decode(of) - images).square().flatten(1).mean(1)
+
+    reached = errors(tokens) <= most
+    full = tokenizer.encode(digits())
+    every = torch.stack([errors(full.cut(k)) for k in (1, 2, 3, 4, 5, 6, 7, 8)])
+    assert torch.equal(reached, (every <= most).any(0))
+    shorter = every[(tokens.lengths - 2).clamp_min(0), torch.arange(1797)]
+    assert not bool(((shorter <= most) & (tokens.lengths > 1)).any())
+
+
+def test_ten_crops_are_corners_the_middle_and_their_mirror_images(
+    trained: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    images = torch.arange(81.0).view(1, 1, 9, 9)
+    views = views_of(images, "10crop", 8)
+    assert [int(view[0, 0, 0]) for view in views[:5]] == [0, 1, 9, 10, 0]
+    assert torch.equal(views[5:], views[:5].flip(3))
+    store = tokenized(trained, tmp_path, views="10crop")
+    assert store.views == 10
+    assert len(store) == 1797
+    first = store[0][0]
+    store.set_epoch(7)
+    assert torch.equal(store[0][0], store.tokens([0], 7).values[0])
+    assert not torch.equal(store[0][0], first)
+
+
+def test_a_run_is_found_again(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenized(trained, tmp_path, mean_bytes=4.0)
+    with caplog.at_level(logging.INFO):
+        tokenized(trained, tmp_path, mean_bytes=4.0)
+    assert "nothing to do" in caplog.text
+
+
+def test_tokens_of_another_tokenizer_are_refused(trained: Path, tmp_path: Path) -> None:
+    store = tokenized(trained, tmp_path / "tokens")
+    config = {**SMALL, "training": {"train": {"epochs": 1, "batch_size": 64}}}
+    pipeline.run("train-tokenizer", "digits", out=tmp_path / "other", config=config)
+    other = read_tokenizer(open_tokenizer(tmp_path / "other").files, CPU)
+    with pytest.raises(UsageError) as caught:
+        store.check(other)
+    assert caught.value.code == "other-tokenizer"
+
+
+def test_a_cut_store_is_refused(trained: Path, tmp_path: Path) -> None:
+    tokenized(trained, tmp_path)
+    product = json.loads((tmp_path / "manifest.json").read_text())["products"]["train"]
+    chunk = next(p for p in (tmp_path / product).rglob("tokens/c/**/*") if p.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-10])
+    with pytest.raises(RunError) as caught:
+        pipeline.open(tmp_path)
+    assert caught.value.code == "damaged-artifact"
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        ({}, "no-tokenizer"),
+        ({"tokenizer": "nowhere"}, "no-tokenizer"),
+        ({"tokens": 9}, "too-many-tokens"),
+        ({"tokens": 3, "mean_bytes": 3.0}, "bad-config"),
+        ({"mean_bytes": 1.0}, "budget-too-small"),
+        ({"size": 1}, "bad-image-size"),
+        ({"size": 9}, "bad-image-size"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    trained: Path, tmp_path: Path, config: dict[str, Any], code: str
+) -> None:
+    given = {"tokenizer": str(trained)} if "tokenizer" not in config and config else {}
+    with pytest.raises(PipelineError) as caught:
+        pipeline.run("tokenize", "digits", out=tmp_path, config={**given, **config})
+    assert caught.value.code == code
+    assert caught.value.hint
+
+
+def test_a_folder_with_two_files_is_a_tokenizer(
+    trained: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "saved")
+    opened = open_tokenizer(tmp_path / "saved")
+    assert read_tokenizer(opened.files, CPU).digest == tokenizer.digest
+    with pytest.raises(UsageError) as caught:
+        tokenized(tmp_path / "saved", tmp_path / "out", mean_bytes=4.0, errors="predicted")
+    assert caught.value.code == "no-predictor"
+    a = tokenized(tmp_path / "saved", tmp_path / "out", mean_bytes=4.0)
+    b = tokenized(trained, tmp_path / "same", mean_bytes=4.0, errors="measured")
+    assert a.tokenizer == b.tokenizer
+    assert torch.equal(a.lengths, b.lengths)
+    assert LocalStore(tmp_path / "saved").info("config.json")
+
+
+def test_the_report_shows_what_tokens_are_worth(trained: Path) -> None:
+    text = (trained / "report.html").read_text()
+    for heading in ("Reconstructions", "Quality against bytes", "What the bits are worth"):
+        assert f"<h2>{heading}</h2>" in text
+    rows = json.loads((trained / "manifest.json").read_text())["lengths"]
+    by = {(row["tokens"], row["chooser"]): row for row in rows}
+    for tokens in (2, 4):
+        fixed, best = by[tokens, "fixed"], by[tokens, "lagrangian"]
+        assert best["psnr_of_mean"] > fixed["psnr_of_mean"]
+        assert best["bytes"] <= fixed["bytes"] + 0.1
+        assert by[tokens, "threshold"]["psnr_5"] > fixed["psnr_5"]

@@ -1,0 +1,237 @@
+"""The contract of image tokenizers, and the one that is built in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from pipeline.config import build
+from pipeline.digest import dumps
+from pipeline.errors import UsageError
+from pipeline.registry import Registry
+from pipeline.tokenizers.adversary import NAME
+from pipeline.tokenizers.config import TokenizerConfig
+from pipeline.tokenizers.network import Decoder, Encoder
+from pipeline.tokenizers.quantizers import Quantized, Shape, build_quantizer
+from pipeline.tokenizers.tokens import TokenForm, Tokens
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """The kind of a tokenizer, and its configuration as plain JSON types."""
+
+    kind: str
+    config: Mapping[str, Any]
+
+
+class Tokenizer(nn.Module, ABC):
+    """Images to tokens and back. In evaluation the same images give the same tokens.
+
+    Any first tokens of an image can be decoded, if the tokenizer was trained for it; what follows
+    them is not looked at.
+    """
+
+    kind: ClassVar[str]
+    """Its name in the registry."""
+    form: TokenForm
+    """What a token is: bits of one, and how many an image has at most."""
+    channels: int
+    size: int
+    """Side of the images it was trained on, in pixels."""
+    multiple: int
+    """Sides of images are multiples of it, in pixels."""
+
+    @property
+    @abstractmethod
+    def spec(self) -> TokenizerSpec:
+        """What it is built from."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Mapping[str, Any]) -> Tokenizer:
+        """A new one, from the configuration in its specification."""
+
+    @abstractmethod
+    def describe(self, images: Tensor) -> tuple[Tokens, Tensor]:
+        """All tokens of images, and a summary float (n, D) of each picture from the same pass.
+
+        Args:
+            images: (n, C, H, W), uint8 or float in [0, 1].
+
+        Raises:
+            UsageError: they are too small, or have other channels.
+        """
+
+    @abstractmethod
+    def decode(self, tokens: Tokens, size: tuple[int, int] | None = None) -> Tensor:
+        """Images (n, C, H, W), float in [0, 1], of ``size`` (H, W) or as in training.
+
+        Raises:
+            UsageError: the tokens have another form, or there are no images of that size.
+        """
+
+    def encode(self, images: Tensor) -> Tokens:
+        """All tokens of images. Arguments and errors as of :meth:`describe`."""
+        return self.describe(images)[0]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of configuration and weights: tokens mean nothing to another tokenizer.
+
+        Asked for after training: weights that change later do not change it.
+        """
+        total = hashlib.sha256(dumps(asdict(self.spec)))
+        for name, value in sorted(self.state_dict().items()):
+            total.update(name.encode())
+            total.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return total.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write ``config.json``, the specification, and ``model.safetensors``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_bytes(dumps(asdict(self.spec)))
+        state = {n: v.detach().cpu().contiguous() for n, v in self.state_dict().items()}
+        (folder / WEIGHTS).write_bytes(save(state))
+
+
+TOKENIZERS: Registry[type[Tokenizer]] = Registry(
+    "tokenizer", {"latent": "pipeline.tokenizers.tokenizer:LatentTokenizer"}
+)
+
+
+def load_tokenizer(config: bytes, weights: bytes, where: str) -> Tokenizer:
+    """A tokenizer in evaluation mode from the content of its two files.
+
+    Args:
+        config: a :class:`TokenizerSpec` as JSON.
+        weights: safetensors.
+        where: the files' place, for messages.
+
+    Raises:
+        UsageError: they are none of a tokenizer, or do not belong together.
+    """
+    try:
+        spec = TokenizerSpec(**json.loads(config))
+        tokenizer = TOKENIZERS.get(spec.kind).build(spec.config)
+        state = {n: v for n, v in load(weights).items() if not n.startswith(f"{NAME}.")}
+        tokenizer.load_state_dict(state)
+    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UsageError(
+            f"This is no tokenizer: {str(error).splitlines()[0]}.",
+            hint="Give the output of 'pipeline run train-tokenizer', or a folder with config.json "
+            "and model.safetensors as its export writes them.",
+            code="bad-tokenizer",
+            where=where,
+        ) from error
+    return tokenizer.eval().requires_grad_(requires_grad=False)
+
+
+class LatentTokenizer(Tokenizer):
+    """Latent tokens that a transformer reads off an image, and another makes an image of.
+
+    Sources: Yu et al., "An Image is Worth 32 Tokens", 2024 (TiTok); Miwa et al., "One-D-Piece",
+    2025; AMD, "Instella-T2I", 2025. Tokens keep their order, unlike those of the first two, which
+    take groups of channels for tokens.
+    """
+
+    kind: ClassVar[str] = "latent"
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        shape = Shape(config.tokens, config.encoder.width, config.decoder.width)
+        self.quantizer = build_quantizer(config.quantizer, shape)
+        self.decoder = Decoder(config)
+        self.form = self.quantizer.form(config.tokens)
+        self.channels, self.size, self.multiple = config.channels, config.size, config.multiple
+
+    @property
+    def spec(self) -> TokenizerSpec:
+        return TokenizerSpec(self.kind, self.config.model_dump(mode="json"))
+
+    @classmethod
+    def build(cls, config: Mapping[str, Any]) -> LatentTokenizer:
+        return cls(build(TokenizerConfig, config))
+
+    def forward(self, images: Tensor, lengths: Tensor) -> tuple[Tensor, Quantized]:
+        """Images (n, C, H, W) in [-1, 1] seen through their first tokens, for training.
+
+        Args:
+            images: float.
+            lengths: int64 (n,), tokens that the decoder sees of each.
+        """
+        quantized = self.quantizer(self.encoder(images)[0])
+        places = torch.arange(self.config.tokens, device=images.device)
+        kept = places < lengths[:, None]
+        size = (images.shape[2], images.shape[3])
+        return self.decoder(quantized.vectors, kept, size), quantized
+
+    @torch.inference_mode()
+    def describe(self, images: Tensor) -> tuple[Tokens, Tensor]:
+        _check(self, images)
+        latents, summary = self.encoder(signed(images))
+        values = self.quantizer.values(latents)
+        lengths = torch.full((len(images),), self.config.tokens, device=images.device)
+        return Tokens(values, lengths, self.form), summary
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tokens, size: tuple[int, int] | None = None) -> Tensor:
+        size = size or (self.size, self.size)
+        if tokens.form != self.form:
+            raise UsageError(
+                f"These tokens have {tokens.form.bits} bits and number {tokens.form.max_tokens} at "
+                f"most; the tokenizer's have {self.form.bits} and number {self.form.max_tokens}.",
+                hint="Decode tokens with the tokenizer that made them.",
+                code="other-tokenizer",
+            )
+        if size[0] % self.multiple or size[1] % self.multiple or min(size) < self.multiple:
+            raise UsageError(
+                f"Images of {size[0]} x {size[1]} cannot be decoded.",
+                hint=f"Give sides that are multiples of {self.multiple}.",
+                code="bad-image-size",
+            )
+        values = torch.where(_like(tokens.kept, tokens.values), tokens.values, 0)
+        images = self.decoder(self.quantizer.vectors(values), tokens.kept, size)
+        return cast("Tensor", (images.float() / 2 + 0.5).clamp(0, 1))
+
+
+def signed(images: Tensor) -> Tensor:
+    """Images, uint8 or float in [0, 1], as floats in [-1, 1]."""
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    return images * 2 - 1
+
+
+def _like(kept: Tensor, values: Tensor) -> Tensor:
+    return kept[..., None] if values.ndim == 3 else kept
+
+
+def _check(tokenizer: Tokenizer, images: Tensor) -> None:
+    channels, height, width = images.shape[1:]
+    if channels != tokenizer.channels:
+        raise UsageError(
+            f"These images have {channels} channels, and the tokenizer is for "
+            f"{tokenizer.channels}.",
+            hint="Use a tokenizer that was trained on such images, or convert them.",
+            code="other-channels",
+        )
+    if height % tokenizer.multiple or width % tokenizer.multiple or not min(height, width):
+        raise UsageError(
+            f"Images of {height} x {width} cannot be cut into patches.",
+            hint=f"Give images whose sides are multiples of {tokenizer.multiple}.",
+            code="bad-image-size",
+        )
