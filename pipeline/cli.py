@@ -136,7 +136,21 @@ def _schedule(arguments: argparse.Namespace) -> int:
     return int(code)
 
 
-ACTIONS = {"run": _run, "plan": _plan, "act": _command, "schedule": _schedule}
+def _export(arguments: argparse.Namespace) -> int:
+    from pipeline import exports
+
+    code, summary, text = getattr(exports, f"run_{arguments.what}")(arguments)
+    print(json.dumps(summary, indent=2) if arguments.json else text)
+    return int(code)
+
+
+ACTIONS = {
+    "run": _run,
+    "plan": _plan,
+    "act": _command,
+    "export": _export,
+    "schedule": _schedule,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

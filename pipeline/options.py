@@ -46,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--gpu", metavar="NAME", help="tell hours for this GPU, such as a100; for what is here else"
     )
     _output_commands(verbs)
+    _export_commands(verbs)
     _schedule_commands(verbs)
     return parser
 
@@ -257,6 +258,38 @@ def _output_commands(verbs: Any) -> None:
         _json_option(parser)
     for parser in (repair, retry):
         _verbose_option(parser)
+
+
+def _export_commands(verbs: Any) -> None:
+    summary = "write tokenizers or tokens for other programs"
+    export = verbs.add_parser("export", help=summary, description=summary)
+    kinds = export.add_subparsers(title="what", metavar="WHAT", required=True)
+
+    def add(name: str, summary: str, path: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = kinds.add_parser(name, help=summary, description=summary)
+        parser.set_defaults(command="export", what=name)
+        parser.add_argument("path", metavar="PATH", help=path)
+        parser.add_argument(
+            "--out", required=True, metavar="DIR", help="a folder that is not there"
+        )
+        _json_option(parser)
+        return parser
+
+    network = add("tokenizer", "a tokenizer, checked", "output of a run of 'train-tokenizer'")
+    network.add_argument(
+        "--format",
+        choices=["hf", "onnx", "pt2"],
+        default="hf",
+        help="a Hugging Face folder (default), ONNX, or torch.export",
+    )
+    tokens = add("tokens", "tokens as other trainers read them", "output of a run of 'tokenize'")
+    tokens.add_argument(
+        "--format",
+        choices=["llamagen", "titok"],
+        required=True,
+        help="a .npy an image, or a line of JSON a view",
+    )
+    tokens.add_argument("--split", choices=["train", "test"], default="train")
 
 
 def _schedule_commands(verbs: Any) -> None:

@@ -124,6 +124,11 @@ def test_the_command_line_is_frozen():
             "--intermediate": "intermediate",
             "--snapshots": "snapshots",
         },
+        "export": {
+            "-h/--help": "help",
+            "tokenizer": {**OUTPUT, "--out": "out", "--format": "format"},
+            "tokens": {**OUTPUT, "--out": "out", "--format": "format", "--split": "split"},
+        },
         "schedule": {
             "-h/--help": "help",
             "add": {

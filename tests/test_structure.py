@@ -36,6 +36,7 @@ FRONT = {
     "commands",
     "datasets",
     "diff",
+    "exports",
     "inspect",
     "inspect_text",
     "loaders",

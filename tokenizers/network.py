@@ -122,7 +122,7 @@ class Encoder(nn.Module):
         maps = self.patches(images)
         rows, columns = maps.shape[2:]
         patches = maps.flatten(2).transpose(1, 2) + self.positions(rows, columns)
-        latents = self.latents.expand(len(images), -1, -1)
+        latents = self.latents.expand(images.shape[0], -1, -1)
         latents, patches = self.tower(latents, patches, (rows, columns))
         latents = self.norm(latents)
         return latents, torch.cat([latents.mean(1), self.norm(patches).mean(1)], 1)
@@ -151,8 +151,8 @@ class Decoder(nn.Module):
         latents = torch.where(kept[..., None], vectors, self.dropped.to(vectors.dtype))
         rows, columns = (side // self.patch for side in size)
         grid = rows // self.divide, columns // self.divide
-        patches = self.positions(*grid).expand(len(vectors), -1, -1)
+        patches = self.positions(*grid).expand(vectors.shape[0], -1, -1)
         _, patches = self.tower(latents + self.places, patches, grid)
         pixels = self.pixels(self.norm(patches)).transpose(1, 2)
-        maps = pixels.reshape(len(vectors), -1, rows, columns)
+        maps = pixels.reshape(vectors.shape[0], -1, rows, columns)
         return F.pixel_shuffle(maps, self.patch)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.device import BATCH
-from pipeline.tokenizers.tokenizer import Tokenizer
+from pipeline.tokenizers.tokenizer import Tokenizer, unit
 from pipeline.tokenizers.tokens import Tokens
 
 _DEAD = 0.1
@@ -19,11 +19,6 @@ def grid(most: int) -> list[int]:
     """The lengths that are looked at: powers of two, and all tokens."""
     powers = [1 << n for n in range(most.bit_length()) if 1 << n < most]
     return [*powers, most]
-
-
-def unit(images: Tensor) -> Tensor:
-    """Images, uint8 or float in [0, 1], as floats in [0, 1]."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def squared_errors(images: Tensor, decoded: Tensor) -> Tensor:

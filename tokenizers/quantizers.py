@@ -251,7 +251,9 @@ def nearest(vectors: Tensor, codes: Tensor) -> Tensor:
     """
     flat, codes = vectors.reshape(-1, vectors.shape[-1]).float(), codes.float()
     lengths = codes.square().sum(1)
-    parts = torch.split(flat, max(1, _NEAREST // len(codes)))
+    # A graph for any number of vectors cannot be cut into parts.
+    whole = torch.compiler.is_exporting()
+    parts = [flat] if whole else torch.split(flat, max(1, _NEAREST // len(codes)))
     found = [torch.addmm(lengths, part, codes.T, alpha=-2).argmin(1) for part in parts]
     return torch.cat(found).view(vectors.shape[:-1])
 

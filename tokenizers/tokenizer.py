@@ -24,7 +24,7 @@ from pipeline.tokenizers.adversary import NAME
 from pipeline.tokenizers.config import TokenizerConfig
 from pipeline.tokenizers.network import Decoder, Encoder
 from pipeline.tokenizers.quantizers import Quantized, Shape, build_quantizer
-from pipeline.tokenizers.tokens import TokenForm, Tokens
+from pipeline.tokenizers.tokens import TokenForm, Tokens, first
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -65,6 +65,24 @@ class Tokenizer(nn.Module, ABC):
         """A new one, from the configuration in its specification."""
 
     @abstractmethod
+    def encode_values(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Values of all tokens of images float (n, C, H, W) in [0, 1], and summaries (n, D).
+
+        It is exported as a graph: nothing in it may depend on what a tensor holds.
+        """
+
+    @abstractmethod
+    def decode_values(self, values: Tensor, lengths: Tensor, size: tuple[int, int]) -> Tensor:
+        """Images float (n, C, H, W) in [0, 1] of the first ``lengths`` (n,) tokens.
+
+        It is exported as a graph, as :meth:`encode_values` is.
+        """
+
+    @abstractmethod
+    def token_vectors(self) -> Tensor:
+        """What the decoder makes of tokens: of ids (K, D); of bits (2, B, D), which add up."""
+
+    @torch.inference_mode()
     def describe(self, images: Tensor) -> tuple[Tokens, Tensor]:
         """All tokens of images, and a summary float (n, D) of each picture from the same pass.
 
@@ -74,18 +92,50 @@ class Tokenizer(nn.Module, ABC):
         Raises:
             UsageError: they are too small, or have other channels.
         """
+        self._check(images)
+        values, summary = self.encode_values(unit(images))
+        lengths = torch.full((len(images),), self.form.max_tokens, device=images.device)
+        return Tokens(values, lengths, self.form), summary
 
-    @abstractmethod
+    @torch.inference_mode()
     def decode(self, tokens: Tokens, size: tuple[int, int] | None = None) -> Tensor:
         """Images (n, C, H, W), float in [0, 1], of ``size`` (H, W) or as in training.
 
         Raises:
             UsageError: the tokens have another form, or there are no images of that size.
         """
+        size = size or (self.size, self.size)
+        if tokens.form != self.form:
+            raise UsageError(
+                f"These tokens have {tokens.form.bits} bits and number {tokens.form.max_tokens} at "
+                f"most; the tokenizer's have {self.form.bits} and number {self.form.max_tokens}.",
+                hint="Decode tokens with the tokenizer that made them.",
+                code="other-tokenizer",
+            )
+        self._check_size(size, "decoded")
+        return self.decode_values(tokens.values, tokens.lengths, size).float()
 
     def encode(self, images: Tensor) -> Tokens:
         """All tokens of images. Arguments and errors as of :meth:`describe`."""
         return self.describe(images)[0]
+
+    def _check(self, images: Tensor) -> None:
+        channels, height, width = images.shape[1:]
+        if channels != self.channels:
+            raise UsageError(
+                f"These images have {channels} channels, and the tokenizer is for {self.channels}.",
+                hint="Use a tokenizer that was trained on such images, or convert them.",
+                code="other-channels",
+            )
+        self._check_size((height, width), "cut into patches")
+
+    def _check_size(self, size: tuple[int, int], what: str) -> None:
+        if min(size) < self.multiple or any(side % self.multiple for side in size):
+            raise UsageError(
+                f"Images of {size[0]} x {size[1]} cannot be {what}.",
+                hint=f"Give sides that are multiples of {self.multiple}.",
+                code="bad-image-size",
+            )
 
     @cached_property
     def digest(self) -> str:
@@ -124,11 +174,12 @@ def load_tokenizer(config: bytes, weights: bytes, where: str) -> Tokenizer:
         UsageError: they are none of a tokenizer, or do not belong together.
     """
     try:
-        spec = TokenizerSpec(**json.loads(config))
+        about = json.loads(config)
+        spec = TokenizerSpec(about["kind"], about["config"])
         tokenizer = TOKENIZERS.get(spec.kind).build(spec.config)
         state = {n: v for n, v in load(weights).items() if not n.startswith(f"{NAME}.")}
         tokenizer.load_state_dict(state)
-    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise UsageError(
             f"This is no tokenizer: {str(error).splitlines()[0]}.",
             hint="Give the output of 'pipeline run train-tokenizer', or a folder with config.json "
@@ -175,63 +226,31 @@ class LatentTokenizer(Tokenizer):
             lengths: int64 (n,), tokens that the decoder sees of each.
         """
         quantized = self.quantizer(self.encoder(images)[0])
-        places = torch.arange(self.config.tokens, device=images.device)
-        kept = places < lengths[:, None]
+        kept = first(self.config.tokens, lengths)
         size = (images.shape[2], images.shape[3])
         return self.decoder(quantized.vectors, kept, size), quantized
 
-    @torch.inference_mode()
-    def describe(self, images: Tensor) -> tuple[Tokens, Tensor]:
-        _check(self, images)
-        latents, summary = self.encoder(signed(images))
-        values = self.quantizer.values(latents)
-        lengths = torch.full((len(images),), self.config.tokens, device=images.device)
-        return Tokens(values, lengths, self.form), summary
+    def encode_values(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        latents, summary = self.encoder(2 * images - 1)
+        return self.quantizer.values(latents), summary
+
+    def decode_values(self, values: Tensor, lengths: Tensor, size: tuple[int, int]) -> Tensor:
+        kept = first(self.config.tokens, lengths)
+        values = torch.where(kept[..., None] if values.ndim == 3 else kept, values, 0)
+        images = self.decoder(self.quantizer.vectors(values), kept, size)
+        return cast("Tensor", (images / 2 + 0.5).clamp(0, 1))
 
     @torch.inference_mode()
-    def decode(self, tokens: Tokens, size: tuple[int, int] | None = None) -> Tensor:
-        size = size or (self.size, self.size)
-        if tokens.form != self.form:
-            raise UsageError(
-                f"These tokens have {tokens.form.bits} bits and number {tokens.form.max_tokens} at "
-                f"most; the tokenizer's have {self.form.bits} and number {self.form.max_tokens}.",
-                hint="Decode tokens with the tokenizer that made them.",
-                code="other-tokenizer",
-            )
-        if size[0] % self.multiple or size[1] % self.multiple or min(size) < self.multiple:
-            raise UsageError(
-                f"Images of {size[0]} x {size[1]} cannot be decoded.",
-                hint=f"Give sides that are multiples of {self.multiple}.",
-                code="bad-image-size",
-            )
-        values = torch.where(_like(tokens.kept, tokens.values), tokens.values, 0)
-        images = self.decoder(self.quantizer.vectors(values), tokens.kept, size)
-        return cast("Tensor", (images.float() / 2 + 0.5).clamp(0, 1))
+    def token_vectors(self) -> Tensor:
+        form, widen = self.form, self.quantizer.widen
+        if form.kind == "ids":
+            every = torch.arange(form.vocabulary or 0, device=widen.weight.device)
+            return self.quantizer.vectors(every[None])[0]
+        ends = torch.tensor([0, 1], device=widen.weight.device)[:, None].expand(2, form.bits)
+        levels = self.quantizer.levels(ends)
+        return levels[..., None] * widen.weight.T + widen.bias / form.bits
 
 
-def signed(images: Tensor) -> Tensor:
-    """Images, uint8 or float in [0, 1], as floats in [-1, 1]."""
-    if images.dtype == torch.uint8:
-        return images.float() / 127.5 - 1
-    return images * 2 - 1
-
-
-def _like(kept: Tensor, values: Tensor) -> Tensor:
-    return kept[..., None] if values.ndim == 3 else kept
-
-
-def _check(tokenizer: Tokenizer, images: Tensor) -> None:
-    channels, height, width = images.shape[1:]
-    if channels != tokenizer.channels:
-        raise UsageError(
-            f"These images have {channels} channels, and the tokenizer is for "
-            f"{tokenizer.channels}.",
-            hint="Use a tokenizer that was trained on such images, or convert them.",
-            code="other-channels",
-        )
-    if height % tokenizer.multiple or width % tokenizer.multiple or not min(height, width):
-        raise UsageError(
-            f"Images of {height} x {width} cannot be cut into patches.",
-            hint=f"Give images whose sides are multiples of {tokenizer.multiple}.",
-            code="bad-image-size",
-        )
+def unit(images: Tensor) -> Tensor:
+    """Images, uint8 or float in [0, 1], as floats in [0, 1]."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images

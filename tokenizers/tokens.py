@@ -67,8 +67,7 @@ class Tokens:
     @property
     def kept(self) -> Tensor:
         """Bool (n, N): which tokens count."""
-        places = torch.arange(self.values.shape[1], device=self.lengths.device)
-        return places < self.lengths[:, None]
+        return first(self.values.shape[1], self.lengths)
 
     def cut(self, lengths: Tensor | int) -> Tokens:
         """The first tokens of each image: all of them share a length, or (n,) has one for each."""
@@ -115,6 +114,11 @@ class Tokens:
         if form.vocabulary is not None and bool((ids >= form.vocabulary).any()):
             raise _damaged(f"an id is not below the vocabulary of {form.vocabulary}")
         return cls(ids, lengths, form)
+
+
+def first(count: int, lengths: Tensor) -> Tensor:
+    """Bool (n, count): which of ``count`` places are among the first ``lengths`` (n,)."""
+    return torch.arange(count, device=lengths.device) < lengths[:, None]
 
 
 def form_of_vocabulary(vocabulary: int, max_tokens: int) -> TokenForm:

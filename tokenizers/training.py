@@ -26,7 +26,7 @@ from pipeline.tokenizers.config import (
 from pipeline.tokenizers.quality import error_curves, grid, health, psnr
 from pipeline.tokenizers.quantizers import decorrelation
 from pipeline.tokenizers.resolution import lowered
-from pipeline.tokenizers.tokenizer import LatentTokenizer, TokenizerSpec, signed
+from pipeline.tokenizers.tokenizer import LatentTokenizer, TokenizerSpec, unit
 
 MEASURED = 1000
 """Test images that are measured in the course of a training."""
@@ -130,7 +130,7 @@ class TokenizerTraining:
         order = torch.Generator().manual_seed(seed_for(self.seed, "order", epoch))
         rows = torch.randperm(len(images), generator=order)[index * size : (index + 1) * size]
         generator = torch.Generator().manual_seed(seed_for(self.seed, "draws", epoch, index))
-        x = signed(images[rows.to(images.device)])
+        x = 2 * unit(images[rows.to(images.device)]) - 1
         mirrored = torch.rand(len(x), generator=generator).to(x.device) < 0.5
         if self.task.training.flip:
             x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
