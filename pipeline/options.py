@@ -269,9 +269,7 @@ def _export_commands(verbs: Any) -> None:
         parser: argparse.ArgumentParser = kinds.add_parser(name, help=summary, description=summary)
         parser.set_defaults(command="export", what=name)
         parser.add_argument("path", metavar="PATH", help=path)
-        parser.add_argument(
-            "--out", required=True, metavar="DIR", help="a folder that is not there"
-        )
+        parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
         _json_option(parser)
         return parser
 
