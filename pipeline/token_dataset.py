@@ -67,8 +67,12 @@ class TokenDataset(Dataset[tuple[Tensor, int, int]]):
         self._view = epoch % self.views
 
     def __getitem__(self, row: int) -> tuple[Tensor, int, int]:
-        tokens = self.tokens([row], self._view)
-        return tokens.values[0], int(tokens.lengths[0]), int(self.labels[row])
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, int, int]]:
+        """Several items at once, as a ``DataLoader`` asks for them."""
+        tokens, labels = self.tokens(rows, self._view), self.labels[rows]
+        return list(zip(tokens.values, tokens.lengths.tolist(), labels.tolist(), strict=True))
 
     def tokens(self, rows: Sequence[int], view: int = 0) -> Tokens:
         """Tokens of some images, as :meth:`Tokenizer.decode` takes them.

@@ -14,11 +14,14 @@ _FREQUENCIES = 6
 
 
 class Block(nn.Module):
-    """Attention and a perceptron of four times the width, each after a normalisation."""
+    """Attention and a perceptron of four times the width, each after a normalisation.
 
-    def __init__(self, width: int, heads: int) -> None:
+    With ``causal`` nothing is seen of what comes later.
+    """
+
+    def __init__(self, width: int, heads: int, *, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.before_attention = nn.LayerNorm(width)
         self.project = nn.Linear(width, 3 * width)
         self.join = nn.Linear(width, width)
@@ -30,7 +33,7 @@ class Block(nn.Module):
         n, length, width = x.shape
         joined = self.project(self.before_attention(x))
         heads = joined.view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])
+        seen = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=self.causal)
         x = x + self.join(seen.transpose(1, 2).reshape(n, length, width))
         return cast("Tensor", x + self.shrink(F.gelu(self.grow(self.before_mlp(x)))))
 
