@@ -122,6 +122,14 @@ def summary_text(summary: dict[str, Any]) -> str:
         lines += [f"{'':<12} left out: {', '.join(left_out)}"] if left_out else []
         lines.append(f"{'':<12} {summary['why']}")
         lines += [f"{role + ':':<12} {path}" for role, path in summary["products"].items()]
+    if psnr := summary.get("psnr"):
+        lines += grid([("tokens", "PSNR, dB"), *((k, f"{v:.2f}") for k, v in psnr.items())])
+    for name, split in summary.get("splits", {}).items():
+        each = split["token_bytes"] / max(split["samples"], 1)
+        lines.append(
+            f"{name + ':':<8} {split['samples']:,} samples, {split['tokens']:,} tokens in "
+            f"{human(split['token_bytes'])}, {each:,.1f} bytes a sample"
+        )
     if summary.get("evaluation"):
         spent = {step: s / 3600 for step, s in summary["seconds"].items() if s >= 36}
         told = ", ".join(f"{step} {hours:.2f}" for step, hours in spent.items())

@@ -66,10 +66,10 @@ def report(
 def _pictures(about: Mapping[str, Any], shown: ArtifactSource) -> str:
     table = pa.concat_tables(shown.tables())
     images, decoded = to_numpy(table["image"]), to_numpy(table["decoded"])
-    lengths = list(about["psnr"])
+    lengths = ", ".join(about["psnr"])
     rows = [images, *(decoded[:, place] for place in range(decoded.shape[1]))]
     sheet = contact_sheet([image for row in rows for image in row], columns=len(images))
-    told = f"Test images, and below them what their first {', '.join(lengths)} tokens show."
+    told = f"Test images, and below them what their first {lengths} tokens show."
     return figure(png_image(sheet, told), told)
 
 

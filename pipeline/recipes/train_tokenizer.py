@@ -122,7 +122,7 @@ def train_tokenizer(run: Run, data: Dataset, config: TrainTokenizerConfig) -> di
         "dataset": data.name,
         "tokens": {**vars(form), "candidates": list(lengths)},
         "health": {k: v for k, v in tokenizer.metrics.items() if k != "psnr"},
-        "psnr": tokenizer.metrics["psnr"],
+        "psnr": {str(k): tokenizer.metrics["psnr"][str(k)] for k in seen},
         "lengths": table,
         "predictor": dict(predictor.metrics),
         "config": config.model_copy(update={"training": task.training}).model_dump(mode="json"),
@@ -211,6 +211,8 @@ def evaluation(
     rows = []
     for place in range(1, len(lengths) - 1):
         budget = float(costs[place])
+        if budget == costs[place + 1]:
+            continue  # as many bytes have room for more tokens
         most = threshold_for(read_curves(train)[0], costs, budget)
         rules = {
             "fixed": None,
