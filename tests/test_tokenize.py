@@ -80,7 +80,6 @@ def test_every_image_has_its_tokens_once(
         "samples": 1797,
         "tokens": 8 * 1797,
         "token_bytes": 5 * 1797,
-        "bits": 40 * 1797,
     }
     store.check(tokenizer)
 

@@ -22,6 +22,7 @@ from pipeline.orchestration.training import train
 from pipeline.storage.store import LocalStore
 from pipeline.storage.weights import WeightsFile
 from pipeline.tensors import tensor_column
+from pipeline.testing import check_tokenizer
 from pipeline.tokenizers.adversary import Adversary, adversarial_loss
 from pipeline.tokenizers.config import PRESETS, TRAINING, TokenizerConfig, TokenizerTrainConfig
 from pipeline.tokenizers.quality import bit_health, error_curves, grid, psnr
@@ -108,10 +109,64 @@ def test_tail_drop_wins_with_few_tokens_and_loses_with_all(
     assert dropped[16] < whole[16]
 
 
-def test_swapped_tokens_swap_images(tokenizer: LatentTokenizer) -> None:
-    tokens = tokenizer.encode(TEST[:2])
-    swapped = Tokens(tokens.values.flip(0), tokens.lengths, tokens.form)
-    assert torch.equal(tokenizer.decode(swapped), tokenizer.decode(tokens).flip(0))
+def test_it_keeps_what_tokenizers_promise(tokenizer: LatentTokenizer) -> None:
+    check_tokenizer(tokenizer, TEST[:20])
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        {"kind": "bernoulli", "bits": 70},
+        {"kind": "lfq", "bits": 5},
+        {"kind": "fsq", "levels": (8, 5)},
+        {"kind": "vq", "vocabulary": 50, "width": 6},
+    ],
+    ids=lambda quantizer: str(quantizer["kind"]),
+)
+def test_so_does_each_quantizer(quantizer: Mapping[str, Any]) -> None:
+    torch.manual_seed(0)
+    shape = {"size": 16, "tokens": 6, "quantizer": quantizer}
+    small = {"width": 32, "depth": 1}
+    model = LatentTokenizer(build(TokenizerConfig, {**shape, "encoder": small, "decoder": small}))
+    for _ in range(20):  # of running statistics
+        model(torch.rand(32, 3, 16, 16) * 2 - 1, torch.full((32,), 6))
+    check_tokenizer(model.eval(), torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8))
+
+
+class Wrong(LatentTokenizer):
+    """A tokenizer with one thing wrong."""
+
+    fault = ""
+
+    def encode_values(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        values, summary = super().encode_values(images)
+        if self.fault == "draws":
+            return torch.bernoulli(torch.full(values.shape, 0.5)).to(torch.uint8), summary
+        return values, summary
+
+    def decode_values(self, values: Tensor, lengths: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.fault == "remembers":
+            return torch.linspace(0, 1, len(values))[:, None, None, None].expand(-1, 1, *size)
+        if self.fault == "sees all":
+            lengths = torch.full_like(lengths, self.config.tokens)
+        return super().decode_values(values, lengths, size) * (2 if self.fault == "bright" else 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("draws", "a second encoding is another"),
+        ("remembers", "do not follow their tokens"),
+        ("sees all", "dropped tokens are seen|bytes lose something"),
+        ("bright", "not in"),
+    ],
+)
+def test_the_suite_sees_what_is_wrong(tokenizer: LatentTokenizer, fault: str, told: str) -> None:
+    wrong = Wrong(tokenizer.config)
+    wrong.load_state_dict(tokenizer.state_dict())
+    wrong.fault = fault
+    with pytest.raises(AssertionError, match=told):
+        check_tokenizer(wrong.eval(), TEST[:20])
 
 
 def test_the_first_token_matters_most(tokenizer: LatentTokenizer) -> None:
@@ -125,32 +180,6 @@ def test_the_first_token_matters_most(tokenizer: LatentTokenizer) -> None:
         return float((other - before).abs().mean())
 
     assert changed(0) > 3 * changed(15)
-
-
-def test_what_was_dropped_is_not_seen(tokenizer: LatentTokenizer) -> None:
-    lengths = torch.arange(len(TEST)) % 16 + 1
-    tokens = tokenizer.encode(TEST).cut(lengths)
-    garbage = torch.where(tokens.kept[..., None], tokens.values, 1 - tokens.values)
-    other = Tokens(garbage, tokens.lengths, tokens.form)
-    assert torch.equal(tokenizer.decode(other), tokenizer.decode(tokens))
-
-
-def test_lengths_mix_in_a_batch(tokenizer: LatentTokenizer) -> None:
-    tokens = tokenizer.encode(TEST[:8])
-    mixed = tokenizer.decode(tokens.cut(torch.arange(1, 9)))
-    alone = [tokenizer.decode(tokens.cut(k))[k - 1] for k in range(1, 9)]
-    torch.testing.assert_close(mixed, torch.stack(alone))
-
-
-def test_the_same_image_has_the_same_bytes(tokenizer: LatentTokenizer) -> None:
-    assert tokenizer.encode(TEST).pack() == tokenizer.encode(TEST).pack()
-    assert tokenizer.encode(TEST.float() / 255).pack() == tokenizer.encode(TEST).pack()
-
-
-def test_bytes_are_all_that_the_decoder_needs(tokenizer: LatentTokenizer) -> None:
-    tokens = tokenizer.encode(TEST).cut(5)
-    again = Tokens.unpack(tokens.pack(), tokens.lengths, tokens.form)
-    assert torch.equal(tokenizer.decode(again), tokenizer.decode(tokens))
 
 
 def test_another_resolution_says_much_the_same(tokenizer: LatentTokenizer) -> None:

@@ -133,3 +133,13 @@ def threshold(errors: Floats, most: float) -> npt.NDArray[np.int64]:
     """First place (n,) in each curve with an error of at most ``most``, else that of the least."""
     good = errors <= most
     return np.asarray(np.where(good.any(1), good.argmax(1), errors.argmin(1)), np.int64)
+
+
+def threshold_for(errors: Floats, costs: Floats, budget: float) -> float:
+    """The largest error allowed to every image with which the mean cost is about ``budget``."""
+    low, high = float(np.log(errors.min())), float(np.log(errors.max()))
+    for _ in range(40):
+        middle = (low + high) / 2
+        cost = costs[threshold(errors, float(np.exp(middle)))].mean()
+        low, high = (middle, high) if cost > budget else (low, middle)
+    return float(np.exp(high))

@@ -35,7 +35,7 @@ from pipeline.storage.store import open_store
 from pipeline.storage.zarr import ZarrFormat
 from pipeline.tokenizers.lengths import LengthRule, byte_costs, candidates, multiplier_for
 from pipeline.tokenizers.tokenizer import CONFIG, WEIGHTS
-from pipeline.tokenizers.tokens import VERSION, TokenForm
+from pipeline.tokenizers.tokens import VERSION
 
 CPU = torch.device("cpu")
 SHARD_BYTES = 256 * 2**20
@@ -146,7 +146,7 @@ def tokenize(run: Run, data: Dataset, config: TokenizeConfig) -> dict[str, Any]:
         "tokens": {**vars(form), "packing": VERSION, "bit_order": "little"},
         "views": {"kind": config.views, "size": size, "channels": channels},
         "rule": vars(rule),
-        "splits": {name: _counts(tokens, form) for name, (_, tokens) in made.items()},
+        "splits": {name: _counts(tokens) for name, (_, tokens) in made.items()},
         "config": {**config.model_dump(mode="json"), "tokenizer": Path(config.tokenizer).name},
         "seed": run.seed,
     }
@@ -169,12 +169,12 @@ def _write(
     return run.map(name, even, [], to=ZarrFormat()), tokens
 
 
-def _counts(source: ArtifactSource, form: TokenForm) -> dict[str, Any]:
+def _counts(source: ArtifactSource) -> dict[str, Any]:
     """What a split's tokens come to."""
     records = list(source.artifact.records())
     tokens, used = (sum(r["metrics"].get(n, 0) for r in records) for n in ("tokens", "token_bytes"))
     samples = source.artifact.manifest["counts"]["out"]
-    return {"samples": samples, "tokens": tokens, "token_bytes": used, "bits": tokens * form.bits}
+    return {"samples": samples, "tokens": tokens, "token_bytes": used}
 
 
 def _rule(

@@ -34,7 +34,7 @@ from pipeline.tokenizers.lengths import (
     byte_costs,
     candidates,
     multiplier_for,
-    threshold,
+    threshold_for,
 )
 from pipeline.tokenizers.predictor import CurvePredictor, TrainPredictor, load_predictor
 from pipeline.tokenizers.quality import grid, psnr
@@ -42,6 +42,7 @@ from pipeline.tokenizers.tokenizer import LatentTokenizer
 from pipeline.tokenizers.tokens import TokenForm
 from pipeline.tokenizers.training import TrainTokenizer
 
+Preset = Literal["tiny", "instella-1024", "one-d-piece-b-256", "detailflow-128"]
 ROWS = 500
 """Images of a shard that is measured."""
 SHOWN = 8
@@ -51,7 +52,7 @@ SHOWN = 8
 class TrainTokenizerConfig(Config):
     """Configuration of the recipe ``train-tokenizer``."""
 
-    preset: Literal["tiny", "instella-1024", "one-d-piece-b-256", "detailflow-128"] = Field(
+    preset: Preset = Field(
         "tiny", description="whose settings are the defaults; every one can be set by itself"
     )
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -82,7 +83,7 @@ def defaults(data: Dataset, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Preset(Config):
-    preset: Literal["tiny", "instella-1024", "one-d-piece-b-256", "detailflow-128"] = "tiny"
+    preset: Preset = "tiny"
 
 
 def train_tokenizer(run: Run, data: Dataset, config: TrainTokenizerConfig) -> dict[str, Any]:
@@ -236,16 +237,6 @@ def evaluation(
                 }
             )
     return rows
-
-
-def threshold_for(errors: np.ndarray, costs: np.ndarray, budget: float) -> float:
-    """The largest error allowed to every image with which the mean cost is about ``budget``."""
-    low, high = float(np.log(errors.min())), float(np.log(errors.max()))
-    for _ in range(40):
-        middle = (low + high) / 2
-        cost = costs[threshold(errors, float(np.exp(middle)))].mean()
-        low, high = (middle, high) if cost > budget else (low, middle)
-    return float(np.exp(high))
 
 
 RECIPE = Recipe(TrainTokenizerConfig, defaults, train_tokenizer)

@@ -18,6 +18,7 @@ from pipeline.testing.sources import check_source
 from pipeline.testing.stages import check_stage
 from pipeline.testing.stores import check_store
 from pipeline.testing.tables import assert_same_rows
+from pipeline.testing.tokenizers import check_tokenizer
 from pipeline.testing.trees import tree_digest
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "check_source",
     "check_stage",
     "check_store",
+    "check_tokenizer",
     "pickled",
     "tree_digest",
 ]
