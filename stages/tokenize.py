@@ -49,21 +49,18 @@ class ModelFiles:
     @classmethod
     def of(cls, store: Store, config: str, weights: str) -> ModelFiles:
         """The files as they are now."""
-        found = cls(store, config, weights, "")
-        return cls(store, config, weights, _digest(*found.read()))
+        parts = [hashlib.sha256(store.read(name)).hexdigest() for name in (config, weights)]
+        return cls(store, config, weights, joined(*parts))
 
     def read(self) -> tuple[bytes, bytes]:
-        """What the files hold."""
-        return self.store.read(self.config), self.store.read(self.weights)
-
-    def checked(self) -> tuple[bytes, bytes]:
         """What the files hold.
 
         Raises:
             RunError: it is not what it was.
         """
-        config, weights = self.read()
-        if _digest(config, weights) != self.identity:
+        config, weights = (self.store.read(name) for name in (self.config, self.weights))
+        parts = (hashlib.sha256(part).hexdigest() for part in (config, weights))
+        if joined(*parts) != self.identity:
             raise RunError(
                 "The model has changed since the run began.",
                 hint="Start the run again: what was made with the earlier one stays as it is.",
@@ -73,21 +70,21 @@ class ModelFiles:
         return config, weights
 
 
-def _digest(config: bytes, weights: bytes) -> str:
-    parts = (hashlib.sha256(part).hexdigest() for part in (config, weights))
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+def joined(config: str, weights: str) -> str:
+    """The identity of two files by their SHA-256, hexadecimal."""
+    return hashlib.sha256(f"{config} {weights}".encode()).hexdigest()
 
 
 @lru_cache(maxsize=2)
 def read_tokenizer(files: ModelFiles, device: torch.device) -> Tokenizer:
     """The tokenizer in evaluation mode; one copy a process and device."""
-    return load_tokenizer(*files.checked(), str(files.store)).to(device)
+    return load_tokenizer(*files.read(), str(files.store)).to(device)
 
 
 @lru_cache(maxsize=2)
 def read_predictor(files: ModelFiles, device: torch.device) -> CurvePredictor:
     """The predictor in evaluation mode; one copy a process and device."""
-    return load_predictor(*files.checked()).to(device)
+    return load_predictor(*files.read()).to(device)
 
 
 @dataclass(frozen=True)

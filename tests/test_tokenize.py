@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import pipeline
+import pipeline.api
 from pipeline.errors import PipelineError, RunError, UsageError
 from pipeline.recipes.tokenize import open_tokenizer
 from pipeline.stage import ShardContext
@@ -253,3 +254,12 @@ def test_the_report_shows_what_tokens_are_worth(trained: Path) -> None:
         assert best["psnr_of_mean"] > fixed["psnr_of_mean"]
         assert best["bytes"] <= fixed["bytes"] + 0.1
         assert by[tokens, "threshold"]["psnr_5"] > fixed["psnr_5"]
+
+
+def test_a_plan_ends_where_it_depends_on_what_is_trained(trained: Path, tmp_path: Path) -> None:
+    found = pipeline.api.plan("train-tokenizer", "digits", out=tmp_path / "a", config=SMALL)
+    assert (found["until"], found["todo"]) == ("tokenizer", True)
+    config = {"tokenizer": str(trained), "tokens": 3}
+    found = pipeline.api.plan("tokenize", "digits", out=tmp_path / "b", config=config)
+    assert [step["step"] for step in found["steps"]] == ["train-tokens"]
+    assert not (tmp_path / "b").exists()

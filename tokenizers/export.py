@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -196,17 +197,19 @@ def _write_onnx(tokenizer: Tokenizer, folder: Path, example: Example) -> tuple[E
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     for name, module, arguments, sizes in _graphs(tokenizer, example):
         given, made = names[name]
-        torch.onnx.export(
-            module,
-            arguments,
-            folder / f"{name}.onnx",
-            dynamo=True,
-            dynamic_shapes=sizes,
-            input_names=given,
-            output_names=[made],
-            external_data=False,
-            verbose=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what torch does to itself
+            torch.onnx.export(
+                module,
+                arguments,
+                folder / f"{name}.onnx",
+                dynamo=True,
+                dynamic_shapes=sizes,
+                input_names=given,
+                output_names=[made],
+                external_data=False,
+                verbose=False,
+            )
         session = onnxruntime.InferenceSession(
             folder / f"{name}.onnx", providers=["CPUExecutionProvider"]
         )

@@ -21,7 +21,7 @@ from pipeline.recipes.tokenizer_report import report
 from pipeline.stage import Stage
 from pipeline.stages.decode import Decode
 from pipeline.stages.select import Split
-from pipeline.stages.tokenize import Measure, ModelFiles, Reconstruct
+from pipeline.stages.tokenize import Measure, ModelFiles, Reconstruct, joined
 from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.models import SPEC, UNIT, WEIGHTS
 from pipeline.storage.parquet import ParquetFormat
@@ -170,7 +170,9 @@ def evenly(source: ArtifactSource, count: int) -> ChosenSource:
 
 def model_files(artifact: Artifact) -> ModelFiles:
     """The files of a model that a run fitted."""
-    return ModelFiles.of(artifact.store, f"{UNIT}/{SPEC}", f"{UNIT}/{WEIGHTS}")
+    config, weights = f"{UNIT}/{SPEC}", f"{UNIT}/{WEIGHTS}"
+    identity = joined(artifact.files[config].sha256, artifact.files[weights].sha256)
+    return ModelFiles(artifact.store, config, weights, identity)
 
 
 def read_curves(source: ArtifactSource) -> tuple[np.ndarray, torch.Tensor]:
