@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -52,9 +52,9 @@ from pipeline.recipes.tokenize import CPU, open_tokenizer
 from pipeline.recipes.train_tokenizer import read_curves
 from pipeline.stage import ShardContext
 from pipeline.stages.decode import Decode
+from pipeline.stages.select import Split
 from pipeline.stages.tokenize import BATCH, read_predictor, read_tokenizer
 from pipeline.storage.artifact import Artifact, ArtifactSource
-from pipeline.storage.npz import open_npz
 from pipeline.storage.store import LocalStore, open_store
 from pipeline.storage.weights import read_weights
 from pipeline.tensors import tensor_column, to_numpy
@@ -66,15 +66,24 @@ from pipeline.tokenizers.tokenizer import Tokenizer
 from pipeline.tokenizers.training import TrainTokenizer
 
 targets: list[dict[str, Any]] = []
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
+GRAY = {"mean": (0.305,), "std": (0.376,)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-DATASETS = {
+SIDE = {"width": 128, "depth": 3}
+SMALL = {"width": 64, "depth": 2}
+DATASETS: dict[str, dict[str, Any]] = {
     "cifar10": {
-        "tokenizer": {"size": 32, "patch": 4, "tokens": 32, "quantizer": {"bits": 12}},
-        "training": {"train": {"epochs": 20, "batch_size": 64, "lr": 1e-3}},
+        "tokenizer": {"size": 32, "patch": 8, "tokens": 32, "encoder": SIDE, "decoder": SIDE},
+        "training": {"train": {"epochs": 12, "batch_size": 64, "lr": 1e-3}},
     },
     "imagenette": {
-        "tokenizer": {"size": 64, "patch": 8, "tokens": 64, "quantizer": {"bits": 12}},
-        "training": {"train": {"epochs": 150, "batch_size": 32, "lr": 1e-3}},
+        "tokenizer": {"size": 64, "patch": 8, "tokens": 64, "encoder": SIDE, "decoder": SIDE},
+        "training": {"train": {"epochs": 100, "batch_size": 32, "lr": 1e-3}},
+    },
+    "digits": {
+        "tokenizer": {"size": 8, "patch": 2, "tokens": 16, "encoder": SMALL, "decoder": SMALL}
+        | {"channels": 1, "quantizer": {"bits": 6}},
+        "training": {"train": {"epochs": 12, "batch_size": 64, "lr": 2e-3}, "flip": False},
     },
 }
 
@@ -89,24 +98,31 @@ def trained(dataset: str, options: argparse.Namespace, **changes: Any) -> tuple[
     """The output of a run of ``train-tokenizer``."""
     config = merge(DATASETS[dataset], changes)
     name = "-".join([dataset, *sorted(changes.get("tokenizer", {}))])
-    if options.quick:
-        config = merge(config, {"training": {"train": {"epochs": 1}}, "measured": 500})
     out = options.out / name
     pipeline.run("train-tokenizer", dataset, data=options.data, out=out, config=config)
     return out, Artifact.open(open_store(out))
 
 
-def images_of(dataset: str, split: str, size: int, options: argparse.Namespace) -> tuple[Any, Any]:
-    """Images uint8 (n, C, H, W) and labels (n,) of up to 2,000 samples."""
-    found = find_dataset(dataset, options.data)
-    source = found.test if split == "test" else found.train
+def images_of(
+    dataset: str, split: Literal["train", "test"], options: argparse.Namespace, most: int = 2000
+) -> tuple[Tensor, Tensor]:
+    """Images uint8 (n, C, H, W) and labels (n,) of up to ``most`` samples."""
+    found, shape = find_dataset(dataset, options.data), DATASETS[dataset]["tokenizer"]
+    source, stages = found.train, [Decode(shape["size"], shape.get("channels", 3))]
+    if found.test is None:
+        stages.insert(0, Split(split))
+    elif split == "test":
+        source = found.test
     tables, rows = [], 0
-    for table in source.tables() if source else []:
-        tables.append(Decode(size, 3)(table.select(["key", "image", "label"]), ShardContext("", 0)))
+    for part in source.tables():
+        table = part.select(["key", "image", "label"])
+        for stage in stages:
+            table = stage(table, ShardContext("", 0))
+        tables.append(table)
         rows += len(table)
-        if rows >= 2000:
+        if rows >= most:
             break
-    table = pa.concat_tables(tables).slice(0, 2000)
+    table = pa.concat_tables(tables).slice(0, most)
     images = torch.from_numpy(to_numpy(table["image"]).copy()).permute(0, 3, 1, 2)
     return images.contiguous(), torch.from_numpy(to_numpy(table["label"]).astype(np.int64))
 
@@ -114,17 +130,18 @@ def images_of(dataset: str, split: str, size: int, options: argparse.Namespace) 
 def classifier(dataset: str, options: argparse.Namespace) -> Callable[[Tensor], Tensor]:
     """Answers of a classifier to images (n, C, H, W) in [0, 1]."""
     size = DATASETS[dataset]["tokenizer"]["size"]
-    image = ImageConfig(size=size, **IMAGENET)
+    channels = DATASETS[dataset]["tokenizer"].get("channels", 3)
+    image = ImageConfig(size=size, channels=channels, **(IMAGENET if channels == 3 else GRAY))
     if dataset == "cifar10":
         weights = next((options.data / "weights").glob("resnet20-*.npz"))
         model = backbones.build("resnet20", 10, 3)
         backbones.load_weights(model, read_weights(weights), str(weights))
     else:
-        shape = {"epochs": 2 if options.quick else 30, "batch_size": 64, "lr": 2e-3}
+        shape = {"epochs": 30, "batch_size": 64, "lr": 2e-3}
         config = build(SqueezeConfig, {"backbone": "convnet3", "train": shape})
         tables = {}
-        for split in ("train", "test"):
-            images, labels = images_of(dataset, split, size, options)
+        for split in SPLITS:
+            images, labels = images_of(dataset, split, options)
             column = tensor_column(images.permute(0, 2, 3, 1).contiguous().numpy())
             tables[split] = pa.table({"image": column, "label": pa.array(labels.numpy())})
         with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +155,8 @@ def classifier(dataset: str, options: argparse.Namespace) -> Callable[[Tensor], 
 def ssim(a: Tensor, b: Tensor) -> float:
     """Mean structural similarity of gray levels of images in [0, 1]."""
     a, b = (x.float().mean(1, keepdim=True) for x in (a, b))
-    line = torch.exp(-((torch.arange(11.0) - 5) ** 2) / (2 * 1.5**2))
+    side = min(11, a.shape[-1] - 1 + a.shape[-1] % 2)
+    line = torch.exp(-((torch.arange(float(side)) - side // 2) ** 2) / (2 * 1.5**2))
     window = (line[:, None] * line / line.sum() ** 2)[None, None]
 
     def mean(x: Tensor) -> Tensor:
@@ -157,11 +175,15 @@ def by_codec(images: Tensor, kind: str, quality: int) -> tuple[float, Tensor]:
     more = {"WEBP": {"method": 6}, "AVIF": {"speed": 4}, "JPEG": {"optimize": True}}[kind]
     for image in images.permute(0, 2, 3, 1).numpy():
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, kind, quality=quality, **more)
+        gray = image.shape[2] == 1
+        Image.fromarray(image[..., 0] if gray else image).save(
+            buffer, kind, quality=quality, **more
+        )
         sizes.append(len(buffer.getvalue()))
-        decoded.append(np.asarray(Image.open(buffer).convert("RGB")))
-    seen = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).float() / 255
-    return float(np.mean(sizes)), seen
+        seen = np.asarray(Image.open(buffer).convert("L" if gray else "RGB"))
+        decoded.append(seen.reshape(image.shape))
+    images = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)
+    return float(np.mean(sizes)), images.float() / 255
 
 
 @dataclass(frozen=True)
@@ -188,7 +210,7 @@ def quality(options: argparse.Namespace) -> None:
         out, _ = trained(dataset, options)
         fixed, _ = trained(dataset, options, tokenizer={"tail_drop": None})
         size = DATASETS[dataset]["tokenizer"]["size"]
-        images, labels = images_of(dataset, "test", size, options)
+        images, labels = images_of(dataset, "test", options)
         sheet = Sheet(images, labels, classifier(dataset, options))
         print(f"\n{dataset}, {size} x {size} pixels, {len(images):,} test images")
         print("| | mean bytes | PSNR, dB | mean PSNR, dB | SSIM | accuracy, % |")
@@ -290,9 +312,9 @@ def quantizers(options: argparse.Namespace) -> None:
 
     from pipeline.tokenizers.tokens import form_of_vocabulary
 
-    settings = DATASETS["cifar10"]
-    tokens = settings["tokenizer"]["tokens"]
-    shape = ours.Shape(tokens, 128, 128)
+    settings = DATASETS[options.datasets[0]]
+    tokens, width = (settings["tokenizer"][n] for n in ("tokens", "encoder"))
+    shape = ours.Shape(tokens, width["width"], width["width"])
     form = form_of_vocabulary(4096, tokens)
     levels = [8, 8, 8, 8]
     cases: list[tuple[str, dict[str, Any], Callable[[], ours.Quantizer] | None]] = [
@@ -318,7 +340,7 @@ def quantizers(options: argparse.Namespace) -> None:
         config = build(
             TokenizerConfig, {**settings["tokenizer"], "quantizer": quantizer or {"kind": "bsq"}}
         )
-        epochs = 1 if options.quick else 5
+        epochs = 4
         short = {"train": {"epochs": epochs, "warmup_epochs": 0}}
         training = build(TokenizerTrainConfig, merge(settings["training"], short))
         found[name] = short_training(TrainTokenizer(config, training), replacement, options)
@@ -336,14 +358,8 @@ def short_training(
 ) -> dict[str, Any]:
     """Metrics after a training with another quantizer in the network."""
     sets = {}
-    for split in ("train", "test"):
-        images, _ = images_of("cifar10", split, 32, options)
-        if split == "train" and not options.quick:
-            source = open_npz(options.data / "cifar10.npz").train
-            images = torch.from_numpy(to_numpy(pa.concat_tables(source.tables())["image"]).copy())
-            images = images.permute(0, 3, 1, 2)
-        if options.quick:
-            images = images[:400]
+    for split in SPLITS:
+        images, _ = images_of(options.datasets[0], split, options, 20_000)
         column = tensor_column(images.permute(0, 2, 3, 1).contiguous().numpy())
         sets[split] = pa.table({"image": column})
     prepare = TrainTokenizer.prepare
@@ -364,14 +380,15 @@ def short_training(
 
 
 def throughput(options: argparse.Namespace) -> None:
-    out, _ = trained("cifar10", options)
+    dataset = options.datasets[0]
+    out, _ = trained(dataset, options)
     opened = open_tokenizer(out)
     device = default_device()
     tokenizer, predictor = (
         read_tokenizer(opened.files, device),
         read_predictor(opened.predictor, device),
     )
-    images, _ = images_of("cifar10", "train", 32, options)
+    images, _ = images_of(dataset, "train", options)
     rule = LengthRule("lagrangian", 1e-4, opened.lengths, predicted=True)
     lengths = LengthRule("fixed", tokenizer.form.max_tokens)
 
@@ -413,7 +430,9 @@ def through(tokenizer: Path, options: argparse.Namespace) -> float:
     """Images a second of the step that makes tokens, from a data set in Parquet."""
     with tempfile.TemporaryDirectory() as folder:
         config = {"tokenizer": str(tokenizer), "format": "parquet"}
-        summary = pipeline.run("tokenize", "cifar10", data=options.data, out=folder, config=config)
+        summary = pipeline.run(
+            "tokenize", options.datasets[0], data=options.data, out=folder, config=config
+        )
         return float(summary["splits"]["train"]["samples"] / summary["seconds"]["train"])
 
 
@@ -427,17 +446,19 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, default=os.environ.get("PIPELINE_DATA"))
-    parser.add_argument("--quick", action="store_true", help="one epoch of CIFAR-10")
+    parser.add_argument("--quick", action="store_true", help="digits, and few epochs")
     parser.add_argument("--json", action="store_true", help="end with a line of JSON")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part; all unless given")
-    parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=DATASETS)
+    parser.add_argument(
+        "--datasets", nargs="+", default=["cifar10", "imagenette"], choices=DATASETS
+    )
     parser.add_argument("--out", type=Path, help="folder of runs; finished ones are found")
     options = parser.parse_args()
     if options.data is None:
         parser.error("there is no real data: give --data, or set PIPELINE_DATA")
     options.data = Path(options.data).absolute()
     if options.quick:
-        options.datasets = ["cifar10"]
+        options.datasets = ["digits"]
     with tempfile.TemporaryDirectory() as folder:
         options.out = options.out or Path(folder)
         for name in options.only or PARTS:

@@ -174,7 +174,11 @@ class TokenizerTrainConfig(Config):
 
 _BASE = {"width": 768, "depth": 12, "heads": 12}
 PRESETS: Mapping[str, dict[str, Any]] = {
-    "tiny": {"quantizer": {"kind": "bsq", "bits": 12}},
+    "tiny": {
+        "encoder": {"depth": 3},
+        "decoder": {"depth": 3},
+        "quantizer": {"kind": "bsq", "bits": 12},
+    },
     "instella-1024": {
         "size": 1024,
         "patch": 16,

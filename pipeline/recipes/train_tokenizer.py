@@ -73,7 +73,8 @@ def defaults(data: Dataset, values: Mapping[str, Any]) -> dict[str, Any]:
     image = data.info.image if data.info else UNKNOWN
     sized = {"channels": image.get("channels", 3)}
     if name == "tiny":
-        sized["size"] = image["size"]
+        # Few patches: what a CPU can do.
+        sized |= {"size": image["size"], "patch": max(1, image["size"] // 4)}
     flip = {"training": {"flip": image.get("flip", True)}}
     published = {"tokenizer": dict(PRESETS[name]), "training": TRAINING[name]}
     kind = values.get("tokenizer", {}).get("quantizer", {}).get("kind")
