@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.dataset_distill.config import ImageConfig
 from pipeline.dataset_distill.views import Pictures
 from pipeline.device import in_batches
-from pipeline.digest import seed_for
+from pipeline.draws import batch_rows
 from pipeline.tensors import to_numpy
 
 
@@ -39,14 +38,7 @@ class LabelledImages:
 
     def rows(self, seed: int, epoch: int, index: int, batch_size: int) -> Tensor:
         """Rows of one batch of an epoch, in which each is in at most one."""
-        order = _order(len(self), seed, epoch, self.labels.device)
-        return order[index * batch_size : (index + 1) * batch_size]
-
-
-@lru_cache(maxsize=1)  # of the epoch in progress
-def _order(rows: int, seed: int, epoch: int, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
-    return torch.randperm(rows, generator=generator).to(device)
+        return batch_rows(len(self), batch_size, seed, epoch, index, self.labels.device)
 
 
 def accuracy(model: nn.Module, data: LabelledImages) -> dict[str, Any]:

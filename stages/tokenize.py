@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -14,9 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.device import default_device
-from pipeline.errors import RunError
 from pipeline.stage import ShardContext
-from pipeline.storage.store import Store
+from pipeline.storage.models import ModelFiles
 from pipeline.tensors import tensor_column
 from pipeline.tokenizers.lengths import LengthRule
 from pipeline.tokenizers.predictor import CurvePredictor, load_predictor
@@ -28,51 +26,6 @@ Views = Literal["center", "10crop"]
 BATCH = 64
 TEN_CROP = 1.1
 """Side of what ten crops are cut from, in sides of a crop (LlamaGen's)."""
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """The two files of a model, wherever they lie; what they hold is what they are.
-
-    Attributes:
-        store: the folder.
-        config: name of the file that says how to build it.
-        weights: name of the file of weights.
-        identity: digest of what both hold.
-    """
-
-    store: Store
-    config: str
-    weights: str
-    identity: str
-
-    @classmethod
-    def of(cls, store: Store, config: str, weights: str) -> ModelFiles:
-        """The files as they are now."""
-        parts = [hashlib.sha256(store.read(name)).hexdigest() for name in (config, weights)]
-        return cls(store, config, weights, joined(*parts))
-
-    def read(self) -> tuple[bytes, bytes]:
-        """What the files hold.
-
-        Raises:
-            RunError: it is not what it was.
-        """
-        config, weights = (self.store.read(name) for name in (self.config, self.weights))
-        parts = (hashlib.sha256(part).hexdigest() for part in (config, weights))
-        if joined(*parts) != self.identity:
-            raise RunError(
-                "The model has changed since the run began.",
-                hint="Start the run again: what was made with the earlier one stays as it is.",
-                code="model-changed",
-                where=str(self.store),
-            )
-        return config, weights
-
-
-def joined(config: str, weights: str) -> str:
-    """The identity of two files by their SHA-256, hexadecimal."""
-    return hashlib.sha256(f"{config} {weights}".encode()).hexdigest()
 
 
 @lru_cache(maxsize=2)

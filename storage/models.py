@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from torch import nn
 from pipeline import backbones
 from pipeline.backbones import ModelSpec
 from pipeline.digest import digest, dumps
+from pipeline.errors import RunError
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.store import Store
 
@@ -62,6 +64,58 @@ def _read(store: Store, _identity: str, device: torch.device, unit: str) -> nn.M
     model = backbones.build(spec.backbone, spec.classes, spec.channels)
     model.load_state_dict(load(artifact.read(f"{unit}/{WEIGHTS}")))
     return model.to(device).eval().requires_grad_(requires_grad=False)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The two files of a model, wherever they lie; what they hold is what they are.
+
+    Attributes:
+        store: the folder.
+        config: name of the file that says how to build it.
+        weights: name of the file of weights.
+        identity: digest of what both hold.
+    """
+
+    store: Store
+    config: str
+    weights: str
+    identity: str
+
+    @classmethod
+    def of(cls, store: Store, config: str, weights: str) -> ModelFiles:
+        """The files as they are now."""
+        parts = [hashlib.sha256(store.read(name)).hexdigest() for name in (config, weights)]
+        return cls(store, config, weights, _joined(*parts))
+
+    @classmethod
+    def fitted(cls, artifact: Artifact) -> ModelFiles:
+        """Those of the one model that a fit step made."""
+        names = f"{UNIT}/{SPEC}", f"{UNIT}/{WEIGHTS}"
+        identity = _joined(*(artifact.files[name].sha256 for name in names))
+        return cls(artifact.store, *names, identity)
+
+    def read(self) -> tuple[bytes, bytes]:
+        """What the files hold.
+
+        Raises:
+            RunError: it is not what it was.
+        """
+        config, weights = (self.store.read(name) for name in (self.config, self.weights))
+        parts = (hashlib.sha256(part).hexdigest() for part in (config, weights))
+        if _joined(*parts) != self.identity:
+            raise RunError(
+                "The model has changed since the run began.",
+                hint="Start the run again: what was made with the earlier one stays as it is.",
+                code="model-changed",
+                where=str(self.store),
+            )
+        return config, weights
+
+
+def _joined(config: str, weights: str) -> str:
+    """The identity of two files by their SHA-256, hexadecimal."""
+    return hashlib.sha256(f"{config} {weights}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
-from pipeline.digest import seed_for
+from pipeline.draws import batch_rows
 from pipeline.tensors import to_numpy
 
 _HIDDEN = 128
@@ -118,9 +118,8 @@ class PredictorTraining:
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         summary, curve = self.sets["train"]
-        order = torch.Generator().manual_seed(seed_for(self.seed, "order", epoch))
-        rows = torch.randperm(len(summary), generator=order).to(summary.device)
-        rows = rows[index * self.config.batch_size : (index + 1) * self.config.batch_size]
+        size = self.config.batch_size
+        rows = batch_rows(len(summary), size, self.seed, epoch, index, summary.device)
         return summary[rows], curve[rows]
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:

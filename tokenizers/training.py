@@ -15,6 +15,7 @@ from pipeline import backbones
 from pipeline.backbones import Weights
 from pipeline.config import TrainConfig
 from pipeline.digest import seed_for
+from pipeline.draws import batch_rows
 from pipeline.tensors import to_numpy
 from pipeline.tokenizers.adversary import NAME, Adversary, adversarial_loss
 from pipeline.tokenizers.config import (
@@ -127,10 +128,9 @@ class TokenizerTraining:
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
         images, size = self.images["train"], self.config.batch_size
-        order = torch.Generator().manual_seed(seed_for(self.seed, "order", epoch))
-        rows = torch.randperm(len(images), generator=order)[index * size : (index + 1) * size]
+        rows = batch_rows(len(images), size, self.seed, epoch, index, images.device)
         generator = torch.Generator().manual_seed(seed_for(self.seed, "draws", epoch, index))
-        x = 2 * unit(images[rows.to(images.device)]) - 1
+        x = 2 * unit(images[rows]) - 1
         mirrored = torch.rand(len(x), generator=generator).to(x.device) < 0.5
         if self.task.training.flip:
             x = torch.where(mirrored[:, None, None, None], x.flip(3), x)

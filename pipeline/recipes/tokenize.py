@@ -15,12 +15,11 @@ from pipeline.datasets import Dataset
 from pipeline.errors import UsageError
 from pipeline.orchestration.run import Run
 from pipeline.recipes import Recipe
-from pipeline.recipes.train_tokenizer import model_files, read_curves
+from pipeline.recipes.train_tokenizer import read_curves
 from pipeline.stage import Stage
 from pipeline.stages.decode import Decode
 from pipeline.stages.tokenize import (
     Measure,
-    ModelFiles,
     Tokenize,
     Views,
     decoded_size,
@@ -28,6 +27,7 @@ from pipeline.stages.tokenize import (
     read_tokenizer,
 )
 from pipeline.storage.artifact import MANIFEST, Artifact, ArtifactSource
+from pipeline.storage.models import ModelFiles
 from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.regroup import EvenSource, GroupedSource, SampledSource
 from pipeline.storage.source import Source
@@ -108,7 +108,7 @@ def open_tokenizer(path: str | Path) -> Opened:
             for part in parts:  # damaged files are refused here, and not by every worker
                 with part.checked(list(part.files.values())):
                     pass
-            return Opened(model_files(parts[0]), model_files(parts[1]), lengths)
+            return Opened(ModelFiles.fitted(parts[0]), ModelFiles.fitted(parts[1]), lengths)
     if store and store.info(CONFIG) and store.info(WEIGHTS):
         return Opened(ModelFiles.of(store, CONFIG, WEIGHTS), None, ())
     raise UsageError(

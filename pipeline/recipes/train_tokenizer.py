@@ -21,9 +21,9 @@ from pipeline.recipes.tokenizer_report import report
 from pipeline.stage import Stage
 from pipeline.stages.decode import Decode
 from pipeline.stages.select import Split
-from pipeline.stages.tokenize import Measure, ModelFiles, Reconstruct, joined
+from pipeline.stages.tokenize import Measure, Reconstruct
 from pipeline.storage.artifact import Artifact, ArtifactSource
-from pipeline.storage.models import SPEC, UNIT, WEIGHTS
+from pipeline.storage.models import ModelFiles
 from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.regroup import ChosenSource
 from pipeline.storage.weights import WeightsFile
@@ -38,7 +38,7 @@ from pipeline.tokenizers.lengths import (
 )
 from pipeline.tokenizers.predictor import CurvePredictor, TrainPredictor, load_predictor
 from pipeline.tokenizers.quality import grid, psnr
-from pipeline.tokenizers.tokenizer import LatentTokenizer
+from pipeline.tokenizers.quantizers import Shape, build_quantizer
 from pipeline.tokenizers.tokens import TokenForm
 from pipeline.tokenizers.training import TrainTokenizer
 
@@ -95,7 +95,7 @@ def train_tokenizer(run: Run, data: Dataset, config: TrainTokenizerConfig) -> di
     test = _split(run, data, "test", decode)
     task = TrainTokenizer(settings, *_perceptual(config.training))
     tokenizer = run.fit("tokenizer", task, train=train, test=test)
-    files = model_files(tokenizer)
+    files = ModelFiles.fitted(tokenizer)
     lengths = tuple(candidates(settings.tokens))
     measure = Measure(files, lengths)
     curves = {
@@ -118,7 +118,7 @@ def train_tokenizer(run: Run, data: Dataset, config: TrainTokenizerConfig) -> di
         "curves": curves["train"].artifact,
         "test-curves": curves["test"].artifact,
     }
-    form = LatentTokenizer(settings).form
+    form = build_quantizer(settings.quantizer, Shape(settings.tokens, 1, 1)).form(settings.tokens)
     table = evaluation(form, lengths, curves["train"], curves["test"], predictor)
     about = {
         "dataset": data.name,
@@ -169,13 +169,6 @@ def evenly(source: ArtifactSource, count: int) -> ChosenSource:
     return ChosenSource(source, tuple(rows[place] for place in chosen.tolist()), ROWS)
 
 
-def model_files(artifact: Artifact) -> ModelFiles:
-    """The files of a model that a run fitted."""
-    config, weights = f"{UNIT}/{SPEC}", f"{UNIT}/{WEIGHTS}"
-    identity = joined(artifact.files[config].sha256, artifact.files[weights].sha256)
-    return ModelFiles(artifact.store, config, weights, identity)
-
-
 def read_curves(source: ArtifactSource) -> tuple[np.ndarray, torch.Tensor]:
     """Error curves float64 (n, G) and summaries (n, D) of the images that were measured."""
     table = pa.concat_tables([t.select(["curve", "summary"]) for t in source.tables()])
@@ -207,7 +200,7 @@ def evaluation(
     predictor: Artifact,
 ) -> list[dict[str, Any]]:
     """One length for all beside lengths for each, at equal mean bytes, on test images."""
-    network = load_predictor(*model_files(predictor).read())
+    network = load_predictor(*ModelFiles.fitted(predictor).read())
     errors, summary = read_curves(test)
     costs = byte_costs(form, lengths)
     with torch.inference_mode():
