@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.digest import digest
@@ -24,6 +25,7 @@ from pipeline.storage.images import EXTENSIONS
 from pipeline.storage.source import ROW, Shard, Source, shard_names
 from pipeline.storage.store import FileInfo, Store, storage_error
 from pipeline.storage.tar import TarError, open_tar, read_members
+from pipeline.tensors import is_tensor, tensor_column, to_numpy
 
 Sample = dict[str, bytes | None]
 
@@ -143,14 +145,16 @@ def _whole(where: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class WebDatasetFormat:
-    """One or more tars a shard: the image, the label as ``cls``, and every column as JSON.
+    """One or more tars a shard: image, tensors as ``npy``, label as ``cls``, other columns as JSON.
 
-    Time, owner and mode of every member are fixed. A member's name is the key without an image's
-    extension; other dots are written as ``%2E`` (and a percent sign as ``%25``), since readers take
-    the key up to the first dot. The JSON member holds the key as it is.
+    The member of a tensor column has the column's name, as in ``tokens.npy``. Time, owner and mode
+    of every member are fixed. A member's name is the key without an image's extension; other dots
+    are written as ``%2E`` (and a percent sign as ``%25``), since readers take the key up to the
+    first dot. The JSON member holds the key as it is.
 
     Args:
-        max_bytes: a tar that would hold more image bytes is followed by another; 0 for no limit.
+        max_bytes: a tar that would hold more bytes of images and tensors is followed by another; 0
+            for no limit.
     """
 
     max_bytes: int = 0
@@ -159,16 +163,20 @@ class WebDatasetFormat:
     regular: ClassVar[bool] = False
 
     def write(self, table: pa.Table, directory: Path, region: Region) -> None:
-        others = table.drop_columns(["image"]).to_pylist()
+        heavy = [f.name for f in table.schema if is_tensor(f.type) or f.name == "image"]
+        others = table.drop_columns(heavy).to_pylist()
         stems = _stems([other["key"] for other in others])
         size, part, tar = 0, 0, _create(directory / f"{region.name}.tar")
-        for stem, other, data in zip(stems, others, encoded(table["image"]), strict=True):
-            if size and 0 < self.max_bytes < size + len(data):
+        columns = [_members(name, table[name]) for name in heavy]
+        for stem, other, *members in zip(stems, others, *columns, strict=True):
+            own = sum(len(data) for _, data in members)
+            if size and 0 < self.max_bytes < size + own:
                 tar.close()
                 size, part = 0, part + 1
                 tar = _create(directory / f"{region.name}-{part:03d}.tar")
-            size += len(data)
-            _add(tar, f"{stem}.{extension_of(data)}", data)
+            size += own
+            for extension, data in members:
+                _add(tar, f"{stem}.{extension}", data)
             if isinstance(other.get("label"), int):
                 _add(tar, f"{stem}.cls", str(other["label"]).encode())
             _add(tar, f"{stem}.json", json.dumps(other, sort_keys=True).encode())
@@ -183,7 +191,7 @@ class WebDatasetFormat:
                 break
             with _whole(str(path)), path.open("rb") as file:
                 samples = read_samples(file, path.name)
-            records += [{**json.loads(s["json"] or b""), "image": _image_of(s)} for _, s in samples]
+            records += [_record(sample) for _, sample in samples]
             part += 1
         if len(records) != rows:
             raise RunError(
@@ -192,7 +200,36 @@ class WebDatasetFormat:
                 code="damaged-tar",
                 where=str(directory / f"{name}.tar"),
             )
-        return pa.Table.from_pylist(records)
+        first = records[0].items() if records else ()
+        arrays = [column for column, value in first if isinstance(value, np.ndarray)]
+        tensors = {column: np.stack([r.pop(column) for r in records]) for column in arrays}
+        table = pa.Table.from_pylist(records)
+        for column, values in tensors.items():
+            table = table.append_column(column, tensor_column(values))
+        return table
+
+
+def _members(name: str, column: pa.ChunkedArray) -> Iterator[tuple[str, bytes]]:
+    """Extension and bytes of a column's member of each sample."""
+    if name == "image":
+        yield from ((extension_of(data), data) for data in encoded(column))
+        return
+    for value in to_numpy(column):
+        file = io.BytesIO()
+        np.save(file, value, allow_pickle=False)
+        yield f"{name}.npy", file.getvalue()
+
+
+def _record(sample: Sample) -> dict[str, Any]:
+    """The columns of a sample that :class:`WebDatasetFormat` wrote."""
+    arrays = {
+        name.removesuffix(".npy"): np.load(io.BytesIO(data or b""), allow_pickle=False)
+        for name, data in sample.items()
+        if name.endswith(".npy")
+    }
+    images = {n: d for n, d in sample.items() if n.rpartition(".")[2] not in {"npy", "cls", "json"}}
+    image = {"image": next(iter(images.values()))} if images else {}
+    return {**json.loads(sample["json"] or b""), **image, **arrays}
 
 
 def _stems(keys: list[str]) -> list[str]:

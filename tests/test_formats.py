@@ -101,6 +101,13 @@ def test_webdataset_holds_encoded_images_as_they_are(kind: str) -> None:
     check_format(WebDatasetFormat(), table.set_column(1, "image", images))
 
 
+def test_webdataset_holds_tensors_with_and_without_an_image() -> None:
+    tensors = {name: TENSORS[name] for name in ("logits", "crop", "zeros", "word", "keep")}
+    table = extended(tensors)
+    check_format(WebDatasetFormat(), table)
+    check_format(WebDatasetFormat(max_bytes=100), table.drop_columns(["image"]))
+
+
 @pytest.mark.parametrize(
     "column",
     [

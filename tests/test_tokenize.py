@@ -14,6 +14,7 @@ import torch
 
 import pipeline
 import pipeline.api
+from pipeline.config import merge
 from pipeline.errors import PipelineError, RunError, UsageError
 from pipeline.recipes.tokenize import open_tokenizer
 from pipeline.stage import ShardContext
@@ -66,6 +67,17 @@ def digits() -> torch.Tensor:
     return torch.from_numpy(to_numpy(images).copy()).permute(0, 3, 1, 2)
 
 
+@pytest.mark.slow
+def test_two_workers_of_ray_train_what_one_would(trained: Path, tmp_path: Path) -> None:
+    shared = merge(SMALL, {"training": {"train": {"workers": 2}}})
+    how = {"executor": "ray", "workers": 2}
+    pipeline.run("train-tokenizer", "digits", out=tmp_path, config=shared, **how)
+    alone, both = (
+        json.loads((out / "manifest.json").read_text())["psnr"]["8"] for out in (trained, tmp_path)
+    )
+    assert abs(alone - both) < 0.3
+
+
 def test_every_image_has_its_tokens_once(
     trained: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -98,6 +110,24 @@ def test_a_zarr_reader_needs_nothing_of_ours(
     assert set(lengths[:, 0].tolist()) == {3}
     bits = np.unpackbits(packed[:, 0], axis=1, bitorder="little")[:, :15].reshape(-1, 3, 5)
     assert np.array_equal(bits, tokenizer.encode(digits()).bits[:, :3].numpy())
+
+
+def test_the_webdataset_library_reads_the_tokens(
+    trained: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    store = tokenized(trained, tmp_path, tokens=3, format="webdataset")
+    product = json.loads((tmp_path / "manifest.json").read_text())["products"]["train"]
+    urls = sorted(map(str, (tmp_path / product).glob("*.tar")))
+    read = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode()
+    found = list(read.to_tuple("tokens.npy", "length.npy", "cls"))
+    packed, lengths, labels = (np.stack(column) for column in zip(*found, strict=True))
+    bits = np.unpackbits(packed[:, 0], axis=1, bitorder="little")[:, :15].reshape(-1, 3, 5)
+    wanted = tokenizer.encode(digits())
+    assert np.array_equal(bits, wanted.bits[:, :3].numpy())
+    assert lengths.tolist() == [[3]] * 1797
+    assert labels.tolist() == store.labels.tolist()
+    assert torch.equal(store.tokens(range(1797)).values[:, :3], wanted.values[:, :3])
 
 
 def test_ray_and_other_shards_write_the_same_bytes(trained: Path, tmp_path: Path) -> None:
@@ -241,6 +271,15 @@ def test_a_folder_with_two_files_is_a_tokenizer(
     assert a.tokenizer == b.tokenizer
     assert torch.equal(a.lengths, b.lengths)
     assert LocalStore(tmp_path / "saved").info("config.json")
+
+
+def test_a_training_set_that_does_not_fit_in_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sysconf", lambda name: 4096 if "SIZE" in name else 20)
+    with pytest.raises(UsageError, match="To train a tokenizer") as caught:
+        pipeline.run("train-tokenizer", "digits", out=tmp_path, config=SMALL)
+    assert caught.value.code == "small-memory"
 
 
 def test_the_report_shows_what_tokens_are_worth(trained: Path) -> None:

@@ -29,7 +29,7 @@ from pipeline.tokenizers.quality import bit_health, error_curves, grid, psnr
 from pipeline.tokenizers.resolution import lowered, resolution
 from pipeline.tokenizers.tokenizer import LatentTokenizer, load_tokenizer
 from pipeline.tokenizers.tokens import Tokens, form_of_bits
-from pipeline.tokenizers.training import TrainTokenizer, draw_lengths
+from pipeline.tokenizers.training import TokenizerTraining, TrainTokenizer, draw_lengths
 
 SMALL = {
     "size": 8,
@@ -84,6 +84,36 @@ def curve(tokenizer: LatentTokenizer) -> Mapping[int, float]:
     lengths = grid(16)
     found = psnr(error_curves(tokenizer, TEST, lengths).double().mean(0)).tolist()
     return dict(zip(lengths, found, strict=True))
+
+
+def test_a_training_that_was_stopped_ends_with_the_same_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build(TokenizerConfig, SMALL)
+    loss = {"adversarial_weight": 0.1, "adversarial_from": 0.0}
+    shape = {"epochs": 2, "batch_size": 64, "ema": 0.9}
+    settings = build(TokenizerTrainConfig, {"train": shape, "loss": loss})
+    inputs = {"train": table(digits(slice(300))), "test": table(TEST[:50])}
+    torch.set_num_threads(1)
+
+    def result(name: str) -> dict[str, Tensor]:
+        kept = Checkpoint(LocalStore(tmp_path), name, 0.0)
+        return train(TrainTokenizer(config, settings), inputs, 3, kept).training.model.state_dict()
+
+    batch = TokenizerTraining.batch
+
+    def stopping(self: TokenizerTraining, epoch: int, index: int) -> Any:
+        if (epoch, index) in {(0, 2), (1, 1)} and (epoch, index) not in stopped:
+            stopped.append((epoch, index))
+            raise OSError("the power went out")
+        return batch(self, epoch, index)
+
+    whole, stopped = result("whole"), []
+    monkeypatch.setattr(TokenizerTraining, "batch", stopping)
+    for _ in range(2):
+        with pytest.raises(OSError, match="power"):
+            result("stopped")
+    assert all(torch.equal(value, whole[name]) for name, value in result("stopped").items())
 
 
 def test_bits_live_and_say_different_things(tokenizer: LatentTokenizer) -> None:

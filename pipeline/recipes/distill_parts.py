@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pipeline.errors import RunError, UsageError
 from pipeline.orchestration.fit import Fit
 from pipeline.orchestration.run import Run
 from pipeline.recipes.distill_config import DistillConfig
+from pipeline.recipes.memory import check_memory
 from pipeline.recipes.nearest import NearestReal, nearest_keys
 from pipeline.recipes.starts import StartSource, tiles_of
 from pipeline.recipes.teacher import teacher_task
@@ -113,19 +113,13 @@ class Parts:
 
     def _check(self, index: ArtifactSource) -> None:
         rank_at_random(index, self.config.ipc, self.run.seed)
-        trained = [unit for unit, task in self.squeezes.items() if not task.given]
-        image = self.config.image
-        # The samples, and the network's view of them.
-        needed = 2 * index.artifact.manifest["counts"]["out"] * image.size**2 * image.channels
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if trained and needed > memory:
-            raise UsageError(
-                f"To train a teacher, all images are held in memory: {needed / 1e9:,.0f} GB at "
-                f"{image.size} x {image.size} pixels, and this machine has {memory / 1e9:,.0f} GB.",
-                hint="Give a teacher that is trained: --teacher-weights FILE, or "
-                "--teacher-backbone torchvision:resnet18 --teacher-weights pretrained.",
-                code="small-memory",
+        if any(not task.given for task in self.squeezes.values()):
+            image, count = self.config.image, index.artifact.manifest["counts"]["out"]
+            hint = (
+                "Give a teacher that is trained: --teacher-weights FILE, or "
+                "--teacher-backbone torchvision:resnet18 --teacher-weights pretrained."
             )
+            check_memory("a teacher", count, image.size, image.channels, hint)
 
     @cached_property
     def test(self) -> ArtifactSource:

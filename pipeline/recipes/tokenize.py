@@ -27,11 +27,13 @@ from pipeline.stages.tokenize import (
     read_tokenizer,
 )
 from pipeline.storage.artifact import MANIFEST, Artifact, ArtifactSource
+from pipeline.storage.formats import Format
 from pipeline.storage.models import ModelFiles
 from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.regroup import EvenSource, GroupedSource, SampledSource
 from pipeline.storage.source import Source
 from pipeline.storage.store import open_store
+from pipeline.storage.webdataset import WebDatasetFormat
 from pipeline.storage.zarr import ZarrFormat
 from pipeline.tokenizers.lengths import LengthRule, byte_costs, candidates, multiplier_for
 from pipeline.tokenizers.tokenizer import CONFIG, WEIGHTS
@@ -39,8 +41,9 @@ from pipeline.tokenizers.tokens import VERSION
 
 CPU = torch.device("cpu")
 SHARD_BYTES = 256 * 2**20
-ROWS = 1000
-"""Images of a shard of tokens in Zarr."""
+FORMATS: dict[str, Format] = {"zarr": ZarrFormat(), "webdataset": WebDatasetFormat()}
+ROWS = {"zarr": 1000, "webdataset": 10_000}
+"""Images of a shard of tokens."""
 CALIBRATION = (20, 100)
 """Shards, and images of each at most, from which the price of a byte is found."""
 
@@ -67,7 +70,7 @@ class TokenizeConfig(Config):
         description="errors that lengths are chosen by: predicted in the encoder's pass (the "
         "default for mean_bytes), or measured, which decodes each image some ten times",
     )
-    format: Literal["zarr", "parquet"] = "zarr"
+    format: Literal["zarr", "parquet", "webdataset"] = Field("zarr", description="of the store")
 
     @model_validator(mode="after")
     def _one_rule(self) -> TokenizeConfig:
@@ -165,8 +168,9 @@ def _write(
         return tokens, tokens
     tokens = run.map(f"{name}-tokens", grouped, stages, to=ParquetFormat())
     rows = sum(shard.rows or 0 for shard in tokens.shards)
-    even = EvenSource(tokens, max(1, min(rows, ROWS)))
-    return run.map(name, even, [], to=ZarrFormat()), tokens
+    fmt = FORMATS[config.format]
+    even = EvenSource(tokens, max(1, min(rows, ROWS[config.format])))
+    return run.map(name, even, [], to=fmt), tokens
 
 
 def _counts(source: ArtifactSource) -> dict[str, Any]:

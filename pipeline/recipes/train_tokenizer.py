@@ -17,6 +17,7 @@ from pipeline.datasets import Dataset
 from pipeline.orchestration.run import Run
 from pipeline.recipes import Recipe
 from pipeline.recipes.distill_config import UNKNOWN
+from pipeline.recipes.memory import check_memory
 from pipeline.recipes.tokenizer_report import report
 from pipeline.stage import Stage
 from pipeline.stages.decode import Decode
@@ -93,6 +94,7 @@ def train_tokenizer(run: Run, data: Dataset, config: TrainTokenizerConfig) -> di
     decode = Decode(settings.size, settings.channels)
     train = _split(run, data, "train", decode)
     test = _split(run, data, "test", decode)
+    run.require(lambda: _check(train, settings))
     task = TrainTokenizer(settings, *_perceptual(config.training))
     tokenizer = run.fit("tokenizer", task, train=train, test=test)
     files = ModelFiles.fitted(tokenizer)
@@ -138,6 +140,16 @@ def train_tokenizer(run: Run, data: Dataset, config: TrainTokenizerConfig) -> di
         "tokenizer": str(run.out),
         "report": f"{run.out}/report.html",
     }
+
+
+def _check(train: ArtifactSource, settings: TokenizerConfig) -> None:
+    """Refuse what cannot be trained on this machine."""
+    hint = (
+        "Train on a part: 'pipeline run prune' with --keep and --selector random, whose output "
+        "--selection takes; or with fewer pixels: --set tokenizer.size."
+    )
+    count = train.artifact.manifest["counts"]["out"]
+    check_memory("a tokenizer", count, settings.size, settings.channels, hint)
 
 
 def _perceptual(training: TokenizerTrainConfig) -> tuple[TokenizerTrainConfig, Weights | None]:
