@@ -59,7 +59,7 @@ from pipeline.storage.store import LocalStore, open_store
 from pipeline.storage.weights import read_weights
 from pipeline.tensors import tensor_column, to_numpy
 from pipeline.tokenizers import quantizers as ours
-from pipeline.tokenizers.config import TokenizerConfig, TokenizerTrainConfig
+from pipeline.tokenizers.config import LatentConfig, TokenizerTrainConfig
 from pipeline.tokenizers.lengths import LengthRule, byte_costs, multiplier_for
 from pipeline.tokenizers.quality import error_curves, grid, health, psnr
 from pipeline.tokenizers.tokenizer import Tokenizer
@@ -338,7 +338,7 @@ def quantizers(options: argparse.Namespace) -> None:
     found = {}
     for name, quantizer, replacement in cases:
         config = build(
-            TokenizerConfig, {**settings["tokenizer"], "quantizer": quantizer or {"kind": "bsq"}}
+            LatentConfig, {**settings["tokenizer"], "quantizer": quantizer or {"kind": "bsq"}}
         )
         epochs = 4
         short = {"train": {"epochs": epochs, "warmup_epochs": 0}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -287,6 +288,51 @@ def embed(model: nn.Module, x: Tensor) -> Tensor:
             code="no-features",
         )
     return given[-1]
+
+
+def feature_maps(model: nn.Module, x: Tensor) -> Tensor:
+    """The last map that a network makes of images, where each place still stands for one.
+
+    That is the last output of a module with several places: (N, D, h, w), or (N, T, D) of a
+    transformer, of whose T tokens the last square number are patches.
+
+    Args:
+        model: a network that maps images to logits.
+        x: (N, channels, H, W).
+
+    Returns:
+        (N, D, h, w).
+
+    Raises:
+        UsageError: there is no such output.
+    """
+    found: list[Tensor] = []
+
+    def look(_: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and len(output) == len(x):
+            places = output.shape[2:].numel() if output.ndim == 4 else output.shape[1]
+            if output.ndim in {3, 4} and places > 1:
+                found[:] = [output]
+
+    hooks = [module.register_forward_hook(look) for module in model.modules()]
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        raise UsageError(
+            f"The network {type(model).__name__} makes no map of its images.",
+            hint="Choose a network such as resnet20, timm:resnet50 or torchvision:vit_b_16, and "
+            "images that are large enough for it.",
+            code="no-features",
+        )
+    if found[0].ndim == 4:
+        return found[0]
+    tokens = found[0]
+    side = math.isqrt(tokens.shape[1])
+    patches = tokens[:, tokens.shape[1] - side * side :]
+    return patches.transpose(1, 2).reshape(len(x), -1, side, side)
 
 
 def load_weights(model: nn.Module, arrays: Mapping[str, npt.NDArray[Any]], where: str) -> None:

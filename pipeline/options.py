@@ -13,6 +13,7 @@ from pipeline import __version__
 RECIPES = {
     "distill": "a few synthetic images a class with soft labels (CDA and beyond)",
     "prune": "the samples that are worth keeping: scores, duplicates, a selection",
+    "codebook": "k-means centres of patch features, for tokenizers with very many codes",
     "tokenize": "tokens of all images, packed, in a store for generators",
     "train-tokenizer": "an image tokenizer: few tokens an image, as many as it needs",
 }
@@ -113,7 +114,24 @@ def _train_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     settings.add_argument(
         "--preset",
         metavar="NAME",
-        help="tiny (default), instella-1024, one-d-piece-b-256 or detailflow-128",
+        help="tiny (default), tiny-grid, instella-1024, one-d-piece-b-256, detailflow-128 or "
+        "vqgan-lc-f16",
+    )
+    settings.add_argument(
+        "--codebook", metavar="PATH", help="output of codebook, or a file: codes that stay frozen"
+    )
+    parser.add_argument("--out", metavar="PATH", help="output folder, or its URL")
+
+
+def _codebook_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
+    settings = parser.add_argument_group("recipe")
+    settings.add_argument("--size", type=int, metavar="K", help="codes (10,000)")
+    settings.add_argument(
+        "--features", metavar="NAME", help="pixels (default), or a network by its name"
+    )
+    settings.add_argument(
+        "--features-weights", metavar="FILE", help="the network's .safetensors or .npz"
     )
     parser.add_argument("--out", metavar="PATH", help="output folder, or its URL")
 
@@ -134,7 +152,7 @@ def _tokenize_options(parser: argparse.ArgumentParser) -> None:
     rule.add_argument(
         "--min-psnr", type=float, metavar="DB", help="of every image, with as few as reach it"
     )
-    settings.add_argument("--format", help="zarr (default) or parquet")
+    settings.add_argument("--format", help="zarr (default), parquet or webdataset")
     parser.add_argument("--out", metavar="PATH", help="output folder, or its URL")
 
 
@@ -156,6 +174,7 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
 OWN_OPTIONS = {
     "distill": _distill_options,
     "prune": _prune_options,
+    "codebook": _codebook_options,
     "tokenize": _tokenize_options,
     "train-tokenizer": _train_tokenizer_options,
     "convert": _convert_options,

@@ -41,10 +41,7 @@ class Embed:
 
     def __call__(self, table: pa.Table, context: ShardContext) -> pa.Table:
         device = default_device()
-        if isinstance(self.network, str):
-            network = _pretrained(self.network, self.image.channels, device)
-        else:
-            network = read_model(self.network, device)
+        network = open_network(self.network, self.image.channels, device)
         images = normalise(to_numpy(table["image"]), self.image, device)
         features = in_batches(partial(backbones.embed, network), images).cpu().numpy()
         lengths = np.linalg.norm(features, axis=1)
@@ -54,6 +51,13 @@ class Embed:
             context.quarantine(table["key"][row].as_py(), "no-feature", detail)
         table = table.remove_column(table.schema.get_field_index("image"))
         return table.filter(pa.array(good)).append_column("feature", tensor_column(features[good]))
+
+
+def open_network(network: Artifact | str, channels: int, device: torch.device) -> nn.Module:
+    """A fitted classifier, or a provider's by its name, ready to look at images."""
+    if isinstance(network, str):
+        return _pretrained(network, channels, device)
+    return read_model(network, device)
 
 
 @lru_cache(maxsize=1)

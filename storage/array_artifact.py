@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +30,27 @@ def read_arrays(artifact: Artifact) -> Arrays:
         RunError: they are missing or damaged.
     """
     return _read(artifact.store, artifact.identity)
+
+
+@dataclass(frozen=True)
+class FittedArrays:
+    """Some arrays of an artifact, as a task's input that counts by its content."""
+
+    artifact: Artifact
+    names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.artifact.name
+
+    @property
+    def identity(self) -> str:
+        return self.artifact.identity
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays by name."""
+        found = read_arrays(self.artifact)
+        return {name: found[name] for name in self.names}
 
 
 @lru_cache(maxsize=2)

@@ -211,6 +211,8 @@ class ZarrFeatures(Source):
 class FeatureArrays(Sequence[npt.NDArray[Any]]):
     """The shards of a source as arrays (n, D), each read when it is taken out by its number.
 
+    Where a row of the column has several vectors (n, P, D), these follow one another.
+
     Args:
         source: of :func:`open_features`, or the output of a step.
         column: of vectors.
@@ -229,7 +231,8 @@ class FeatureArrays(Sequence[npt.NDArray[Any]]):
     def __getitem__(self, number: int | slice) -> Any:
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
-        return read_columns(self.source, self.source.shards[number], (self.column,))[0]
+        found = read_columns(self.source, self.source.shards[number], (self.column,))[0]
+        return found.reshape(-1, found.shape[-1]) if found.ndim == 3 else found
 
 
 def read_columns(

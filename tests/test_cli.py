@@ -76,7 +76,19 @@ TOKENIZE = {
     "--min-psnr": "min_psnr",
     "--format": "format",
 }
-TRAIN_TOKENIZER = {**RUN_OPTIONS, "--out": "out", "--preset": "preset"}
+TRAIN_TOKENIZER = {
+    **RUN_OPTIONS,
+    "--out": "out",
+    "--preset": "preset",
+    "--codebook": "codebook",
+}
+CODEBOOK = {
+    **RUN_OPTIONS,
+    "--out": "out",
+    "--size": "size",
+    "--features": "features",
+    "--features-weights": "features_weights",
+}
 CONVERT = {
     **RUN_OPTIONS,
     "out": "out",
@@ -98,6 +110,7 @@ def test_the_command_line_is_frozen():
             "-h/--help": "help",
             "distill": DISTILL,
             "prune": PRUNE,
+            "codebook": CODEBOOK,
             "tokenize": TOKENIZE,
             "train-tokenizer": TRAIN_TOKENIZER,
         },
@@ -106,6 +119,7 @@ def test_the_command_line_is_frozen():
             "-h/--help": "help",
             "distill": {**DISTILL, "--gpu": "gpu"},
             "prune": PRUNE,
+            "codebook": CODEBOOK,
             "tokenize": TOKENIZE,
             "train-tokenizer": TRAIN_TOKENIZER,
             "convert": CONVERT,

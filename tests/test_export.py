@@ -18,7 +18,7 @@ from pipeline.errors import RunError
 from pipeline.recipes.tokenize import CPU, open_tokenizer
 from pipeline.stages.tokenize import read_tokenizer
 from pipeline.tokenizers import export as exporting
-from pipeline.tokenizers.config import TokenizerConfig
+from pipeline.tokenizers.config import LatentConfig
 from pipeline.tokenizers.export import export
 from pipeline.tokenizers.tokenizer import LatentTokenizer
 
@@ -38,7 +38,7 @@ SHAPE = {
 
 def tokenizer(quantizer: dict[str, Any]) -> LatentTokenizer:
     torch.manual_seed(0)
-    made = LatentTokenizer(build(TokenizerConfig, {**SHAPE, "quantizer": quantizer}))
+    made = LatentTokenizer(build(LatentConfig, {**SHAPE, "quantizer": quantizer}))
     for _ in range(20):  # of running statistics
         made(torch.rand(32, 3, 16, 16) * 2 - 1, torch.full((32,), 6))
     return made.eval().requires_grad_(requires_grad=False)
@@ -146,7 +146,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gray = {"kind": "bsq", "bits": 12}
     torch.manual_seed(0)
     config = {**SHAPE, "size": 8, "channels": 1, "quantizer": gray}
-    LatentTokenizer(build(TokenizerConfig, config)).save(folder / "tokenizer")
+    LatentTokenizer(build(LatentConfig, config)).save(folder / "tokenizer")
     config = {"tokenizer": str(folder / "tokenizer"), "views": "10crop"}
     pipeline.run("tokenize", "digits", out=folder / "run", config=config)
     return folder / "run"

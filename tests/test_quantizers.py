@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import build
-from pipeline.tokenizers.config import TokenizerConfig
+from pipeline.errors import UsageError
+from pipeline.tokenizers.config import LatentConfig
 from pipeline.tokenizers.quantizers import (
     FSQ,
+    VQ,
     Quantizer,
     Shape,
     Sign,
     build_quantizer,
     decorrelation,
-    nearest,
 )
 
 SHAPE = Shape(tokens=5, inputs=8, outputs=6)
@@ -29,16 +30,19 @@ KINDS = [
     {"kind": "lfq", "bits": 7},
     {"kind": "fsq", "levels": (8, 5, 3)},
     {"kind": "vq", "vocabulary": 20, "width": 4},
+    {"kind": "vq", "vocabulary": 20, "width": 4, "codes": "projected", "features": 9},
+    {"kind": "vq", "vocabulary": 20, "width": 4, "codes": "ema", "metric": "euclidean"},
+    {"kind": "vq", "vocabulary": 20, "width": 4, "metric": "euclidean", "standardize": False},
 ]
 
 
 def quantizer(settings: dict[str, object]) -> Quantizer:
     torch.manual_seed(0)
-    config = build(TokenizerConfig, {"quantizer": settings}).quantizer
+    config = build(LatentConfig, {"quantizer": settings}).quantizer
     return build_quantizer(config, SHAPE)
 
 
-@pytest.fixture(params=KINDS, ids=lambda kind: str(kind["kind"]))
+@pytest.fixture(params=KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
 def fitted(request: pytest.FixtureRequest) -> tuple[Quantizer, Tensor]:
     """A quantizer that has seen a few batches, and vectors."""
     made = quantizer(request.param)
@@ -150,17 +154,6 @@ def test_fsq_ids_are_mixed_radix_numbers_of_all_levels() -> None:
     assert made.levels(made(torch.zeros(1, 5, 8)).values).abs().max() == 0
 
 
-def test_the_nearest_code_is_that_of_brute_force_whatever_the_batch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    vectors, codes = torch.randn(70, 3, 4), torch.randn(31, 4)
-    codes[7] = codes[3]  # of equal ones the first
-    wanted = torch.cdist(vectors.double().view(-1, 4), codes.double()).argmin(1).view(70, 3)
-    assert torch.equal(nearest(vectors, codes), wanted)
-    monkeypatch.setattr("pipeline.tokenizers.quantizers._NEAREST", 31 * 8)
-    assert torch.equal(nearest(vectors, codes), wanted)
-
-
 def test_the_guard_against_copies_sees_copies_and_opposites_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     soft = torch.rand(500, 2, 6, generator=generator) * 2 - 1
@@ -169,3 +162,82 @@ def test_the_guard_against_copies_sees_copies_and_opposites_alone() -> None:
     copied[:, 1, 0], copied[:, 0, 3] = soft[:, 0, 0], -soft[:, 1, 2]
     # Two pairs of 12 bits, of 132 in both directions, exceed a quarter by three quarters.
     assert float(decorrelation(copied)) == pytest.approx(4 * 0.75 / 132, rel=1e-3)
+
+
+def codebook(**settings: object) -> VQ:
+    made = quantizer({"kind": "vq", "vocabulary": 20, "width": 4, **settings})
+    assert isinstance(made, VQ)
+    return made
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_every_projected_code_moves_with_a_step_and_what_is_frozen_does_not(metric: str) -> None:
+    made = codebook(codes="projected", features=9, metric=metric)
+    generator = torch.Generator().manual_seed(1)
+    made.freeze(torch.randn(20, 9, generator=generator) * 3 + 5)
+    frozen, before = made.frozen.clone(), made.codes().detach().clone()
+    hidden = torch.randn(2, 5, 8, generator=generator)  # fewer vectors than codes
+    found = made(hidden)
+    assert len(found.values.unique()) < 20
+    sum(found.losses.values()).backward()
+    torch.optim.SGD(made.parameters(), 0.1).step()
+    assert torch.equal(made.frozen, frozen)
+    assert bool((made.codes() != before).any(1).all())
+
+
+def test_the_codes_of_a_codebook_begin_spread_evenly_in_all_directions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(3000, 3, generator=generator) @ torch.randn(3, 9, generator=generator)
+    codes = 100 * mixed + torch.randn(3000, 9, generator=generator) + 7
+    made = codebook(codes="projected", features=9, vocabulary=3000, metric="euclidean")
+    made.freeze(codes)
+    torch.testing.assert_close(made.frozen.mean(0), torch.zeros(9), atol=1e-4, rtol=0)
+    torch.testing.assert_close(made.frozen.std(0), torch.ones(9), atol=1e-3, rtol=0)
+    spread = torch.cov(made.codes().detach()[:, :3].T)
+    torch.testing.assert_close(spread, torch.eye(3), atol=1e-2, rtol=0)
+
+
+def test_another_size_of_codebook_is_refused() -> None:
+    with pytest.raises(UsageError) as caught:
+        codebook(codes="projected", features=9).freeze(torch.randn(20, 8))
+    assert caught.value.code == "other-codebook"
+
+
+def test_the_moving_average_is_that_of_its_definition() -> None:
+    made = codebook(codes="ema", metric="euclidean", standardize=False, decay=0.9)
+    generator = torch.Generator().manual_seed(1)
+    share, sums = (t.double().numpy().copy() for t in (made.share, made.sums))
+    for _ in range(3):
+        hidden = torch.randn(6, 5, 8, generator=generator)
+        vectors = made.narrow(hidden).detach().double().reshape(-1, 4).numpy()
+        codes = sums / share[:, None]
+        ids = ((vectors[:, None] - codes) ** 2).sum(-1).argmin(1)
+        assert made(hidden).values.flatten().tolist() == ids.tolist()
+        for code in range(20):
+            mine = vectors[ids == code]
+            share[code] = 0.9 * share[code] + 0.1 * len(mine) / len(vectors)
+            sums[code] = 0.9 * sums[code] + 0.1 * mine.sum(0) / len(vectors)
+        torch.testing.assert_close(
+            made.codes().double().numpy(), sums / share[:, None], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_code_that_nothing_chooses_for_long_stays_where_it_is() -> None:
+    made = codebook(codes="ema", metric="euclidean", standardize=False, decay=0.5)
+    before = made.codes().clone()
+    hidden = torch.zeros(6, 5, 8)  # all of which choose one code
+    for _ in range(400):
+        chosen = int(made(hidden).values[0, 0])
+    others = [code for code in range(20) if code != chosen]
+    torch.testing.assert_close(made.codes()[others], before[others], rtol=1e-3, atol=1e-4)
+
+
+def test_codes_are_made_once_for_all_that_is_evaluated_and_anew_after_training() -> None:
+    made = codebook(codes="projected", features=9).eval()
+    with torch.no_grad():
+        first = made.codes()
+        assert made.codes() is first
+        made.train()
+        made.project.weight.mul_(-1)
+        made.eval()
+        assert torch.equal(made.codes(), -first)

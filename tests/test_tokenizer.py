@@ -24,7 +24,7 @@ from pipeline.storage.weights import WeightsFile
 from pipeline.tensors import tensor_column
 from pipeline.testing import check_tokenizer
 from pipeline.tokenizers.adversary import Adversary, adversarial_loss
-from pipeline.tokenizers.config import PRESETS, TRAINING, TokenizerConfig, TokenizerTrainConfig
+from pipeline.tokenizers.config import PRESETS, TRAINING, LatentConfig, TokenizerTrainConfig
 from pipeline.tokenizers.quality import bit_health, error_curves, grid, psnr
 from pipeline.tokenizers.resolution import lowered, resolution
 from pipeline.tokenizers.tokenizer import LatentTokenizer, load_tokenizer
@@ -59,7 +59,7 @@ TEST = digits(slice(1400, None))
 
 
 def trained(folder: Path, **changes: Any) -> LatentTokenizer:
-    config = build(TokenizerConfig, {**SMALL, **changes})
+    config = build(LatentConfig, {**SMALL, **changes})
     task = TrainTokenizer(config, build(TokenizerTrainConfig, TRAIN))
     inputs = {"train": table(digits(slice(1400))), "test": table(TEST)}
     torch.set_num_threads(1)
@@ -89,7 +89,7 @@ def curve(tokenizer: LatentTokenizer) -> Mapping[int, float]:
 def test_a_training_that_was_stopped_ends_with_the_same_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = build(TokenizerConfig, SMALL)
+    config = build(LatentConfig, SMALL)
     loss = {"adversarial_weight": 0.1, "adversarial_from": 0.0}
     shape = {"epochs": 2, "batch_size": 64, "ema": 0.9}
     settings = build(TokenizerTrainConfig, {"train": shape, "loss": loss})
@@ -157,7 +157,7 @@ def test_so_does_each_quantizer(quantizer: Mapping[str, Any]) -> None:
     torch.manual_seed(0)
     shape = {"size": 16, "tokens": 6, "quantizer": quantizer}
     small = {"width": 32, "depth": 1}
-    model = LatentTokenizer(build(TokenizerConfig, {**shape, "encoder": small, "decoder": small}))
+    model = LatentTokenizer(build(LatentConfig, {**shape, "encoder": small, "decoder": small}))
     for _ in range(20):  # of running statistics
         model(torch.rand(32, 3, 16, 16) * 2 - 1, torch.full((32,), 6))
     check_tokenizer(model.eval(), torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8))
@@ -262,7 +262,7 @@ def test_images_that_do_not_fit_are_refused(
 def test_presets_are_whole(name: str) -> None:
     build(TokenizerTrainConfig, TRAINING[name])
     with torch.device("meta"):
-        model = LatentTokenizer(build(TokenizerConfig, PRESETS[name]))
+        model = LatentTokenizer(build(LatentConfig, PRESETS[name]))
     millions = sum(value.numel() for value in model.parameters()) / 1e6
     # Encoder and decoder of the published sizes: blocks alone have 12 D^2 numbers.
     least = {"tiny": 1.2, "instella-1024": 280, "one-d-piece-b-256": 165, "detailflow-128": 270}
@@ -274,7 +274,7 @@ def test_presets_are_whole(name: str) -> None:
 def test_a_grid_that_changes_midway_gives_the_same_shapes(side: str) -> None:
     both = {name: {"width": 16, "heads": 2, "depth": 2} for name in ("encoder", "decoder")}
     both[side]["resample_after"] = 1
-    model = LatentTokenizer(build(TokenizerConfig, {"size": 16, "tokens": 4, **both})).eval()
+    model = LatentTokenizer(build(LatentConfig, {"size": 16, "tokens": 4, **both})).eval()
     images = torch.rand(2, 3, 16, 24)
     assert model.decode(model.encode(images), (16, 24)).shape == images.shape
     with pytest.raises(UsageError):
@@ -306,15 +306,15 @@ def test_fewer_tokens_are_to_show_a_lower_resolution() -> None:
 
 
 def test_lengths_are_drawn_for_each_sample() -> None:
-    config = build(TokenizerConfig, {**SMALL, "tokens": 16})
+    config = build(LatentConfig, {**SMALL, "tokens": 16})
     generator = torch.Generator().manual_seed(0)
     drawn = draw_lengths(config.tail_drop, 16, 4000, generator)
     counts = torch.bincount(drawn, minlength=17)
     assert counts[0] == 0
     assert int(counts[1:].min()) > 180
-    powers = build(TokenizerConfig, {"tail_drop": {"lengths": "pow2"}}).tail_drop
+    powers = build(LatentConfig, {"tail_drop": {"lengths": "pow2"}}).tail_drop
     assert set(draw_lengths(powers, 16, 400, generator).tolist()) == {1, 2, 4, 8, 16}
-    few = build(TokenizerConfig, {"tail_drop": {"share": 0.2}}).tail_drop
+    few = build(LatentConfig, {"tail_drop": {"share": 0.2}}).tail_drop
     assert 0.75 < float((draw_lengths(few, 16, 4000, generator) == 16).float().mean()) < 0.87
     assert set(draw_lengths(None, 16, 9, generator).tolist()) == {16}
 
@@ -330,7 +330,7 @@ def test_a_network_of_your_own_judges_images(tmp_path: Path) -> None:
     def loss(settings: Mapping[str, Any], weights: WeightsFile | None) -> tuple[Tensor, Any]:
         training = build(TokenizerTrainConfig, {**TRAIN, **settings})
         torch.manual_seed(0)
-        task = TrainTokenizer(build(TokenizerConfig, SMALL), training, weights)
+        task = TrainTokenizer(build(LatentConfig, SMALL), training, weights)
         prepared = task.prepare(inputs, 0, torch.device("cpu"))
         torch.manual_seed(1)
         return prepared.loss(prepared.batch(0, 0)), prepared
@@ -367,7 +367,7 @@ def test_both_sides_of_the_adversarial_loss() -> None:
 def test_an_adversary_joins_in_and_is_no_part_of_the_tokenizer(tmp_path: Path) -> None:
     loss = {"adversarial_weight": 0.1, "adversarial_from": 0.5}
     short = {"train": {"epochs": 2, "batch_size": 64}, "loss": loss}
-    task = TrainTokenizer(build(TokenizerConfig, SMALL), build(TokenizerTrainConfig, short))
+    task = TrainTokenizer(build(LatentConfig, SMALL), build(TokenizerTrainConfig, short))
     inputs = {"train": table(TEST[:128]), "test": table(TEST[:64])}
     prepared = task.prepare(inputs, 0, torch.device("cpu"))
     before = prepared.model.adversary.layers[0].weight.detach().clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline.config import Config, TrainConfig
 
@@ -53,16 +53,34 @@ class FSQConfig(Config):
 
 
 class VQConfig(Config):
-    """The nearest of the codes of a codebook, on the sphere.
+    """The nearest of the codes of a codebook.
 
-    Source: Yu et al., "Vector-quantized Image Modeling with Improved VQGAN", 2022; Yu et al., "An
-    Image is Worth 32 Tokens", 2024.
+    Codes are ``learned`` by their gradient (van den Oord et al., "Neural Discrete Representation
+    Learning", 2017; on the sphere, Yu et al., "Vector-quantized Image Modeling with Improved
+    VQGAN", 2022), or by a moving average (``ema``; Razavi et al., "Generating Diverse
+    High-Fidelity Images with VQ-VAE-2", 2019), or are ``projected``: frozen, and seen through a
+    linear map that is learned, so that every code moves with each step (Zhu et al., "Addressing
+    Representation Collapse in Vector Quantized Models with One Linear Layer", 2024; with the
+    codes of a codebook, Zhu et al., "Scaling the Codebook Size of VQGAN to 100,000 with a
+    Utilization Rate of 99%", 2024).
     """
 
     kind: Literal["vq"] = "vq"
     vocabulary: int = Field(4096, ge=2, description="codes")
     width: int = Field(12, ge=1, description="numbers of a code")
-    commitment_weight: float = Field(0.25, ge=0)
+    codes: Literal["learned", "ema", "projected"] = "learned"
+    metric: Literal["cosine", "euclidean"] = Field(
+        "cosine", description="cosine: vectors and codes have length 1"
+    )
+    features: int | None = Field(
+        None, ge=1, description="numbers of a frozen code; as many as its width where not given"
+    )
+    standardize: bool = Field(
+        True, description="vectors have mean 0 and variance 1 over images before they are compared"
+    )
+    commitment_weight: float = Field(0.25, ge=0, description="draws vectors to their codes")
+    codebook_weight: float = Field(1.0, ge=0, description="draws codes to their vectors")
+    decay: float = Field(0.99, gt=0, lt=1, description="of the moving average (ema)")
 
 
 QuantizerConfig = Annotated[
@@ -111,9 +129,10 @@ class TailDropConfig(Config):
     )
 
 
-class TokenizerConfig(Config):
+class LatentConfig(Config):
     """An image tokenizer: a transformer with latent tokens on both sides of a quantizer."""
 
+    kind: Literal["latent"] = "latent"
     size: int = Field(32, ge=4, description="side of the images in training, pixels")
     channels: Literal[1, 3] = 3
     patch: int = Field(4, ge=1, description="side of a patch, pixels")
@@ -130,10 +149,66 @@ class TokenizerConfig(Config):
         return self.patch * (2 if resampled else 1)
 
     @model_validator(mode="after")
-    def _holds(self) -> TokenizerConfig:
+    def _holds(self) -> LatentConfig:
         if self.size % self.multiple:
             raise ValueError(f"size {self.size} is no multiple of {self.multiple}")
         return self
+
+
+class GridConfig(Config):
+    """An image tokenizer: convolutions on both sides of a quantizer, and a token for each place.
+
+    Source: Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021.
+    """
+
+    kind: Literal["grid"] = "grid"
+    size: int = Field(32, ge=4, description="side of the images, pixels")
+    channels: Literal[1, 3] = 3
+    patch: int = Field(
+        2, ge=1, description="side of the patches that the networks begin and end with, pixels"
+    )
+    width: int = Field(32, ge=4, multiple_of=4, description="channels of a patch")
+    multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 2),
+        min_length=1,
+        description="of the width, at each resolution: the second has half the side, and so on",
+    )
+    blocks: int = Field(1, ge=1, description="residual blocks at each resolution")
+    attention: bool = Field(True, description="at the lowest resolution")
+    latent: int = Field(64, ge=1, description="channels between the networks and the quantizer")
+    quantizer: QuantizerConfig = VQConfig(width=8)
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side that share a token."""
+        return self.patch << len(self.multipliers) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image."""
+        return (self.size // self.factor) ** 2
+
+    @property
+    def tail_drop(self) -> None:
+        """Places of a grid have no order in which they could be left out."""
+        return
+
+    @model_validator(mode="after")
+    def _holds(self) -> GridConfig:
+        if self.size % self.factor:
+            raise ValueError(f"size {self.size} is no multiple of {self.factor}")
+        return self
+
+
+def _kind(value: Any) -> str:
+    found = value.get("kind", "latent") if isinstance(value, Mapping) else value.kind
+    return str(found)
+
+
+TokenizerConfig = Annotated[
+    Annotated[LatentConfig, Tag("latent")] | Annotated[GridConfig, Tag("grid")],
+    Discriminator(_kind),
+]
 
 
 class PerceptualConfig(Config):
@@ -172,6 +247,7 @@ class TokenizerTrainConfig(Config):
     )
 
 
+_FROZEN = {"kind": "vq", "codes": "projected", "metric": "euclidean"}
 _BASE = {"width": 768, "depth": 12, "heads": 12}
 PRESETS: Mapping[str, dict[str, Any]] = {
     "tiny": {
@@ -206,6 +282,22 @@ PRESETS: Mapping[str, dict[str, Any]] = {
         "quantizer": {"kind": "vq", "vocabulary": 8192, "width": 8},
         "tail_drop": {"lengths": "uniform", "share": 0.2, "resolution_alpha": 1.5},
     },
+    "tiny-grid": {
+        "kind": "grid",
+        "quantizer": _FROZEN | {"vocabulary": 4096, "width": 8},
+    },
+    "vqgan-lc-f16": {
+        "kind": "grid",
+        "size": 256,
+        "patch": 1,
+        "width": 128,
+        "multipliers": (1, 1, 2, 2, 4),
+        "blocks": 2,
+        "latent": 256,
+        "quantizer": _FROZEN
+        | {"vocabulary": 100_000, "width": 8, "features": 768}
+        | {"commitment_weight": 0.1, "codebook_weight": 0.033},
+    },
 }
 """Sizes as published; how they were trained is in :data:`TRAINING`."""
 
@@ -225,6 +317,14 @@ TRAINING: Mapping[str, dict[str, Any]] = {
     "detailflow-128": {
         "train": {"epochs": 250, "batch_size": 256, "lr": 1e-4, "weight_decay": 0.0}
         | {"warmup_epochs": 2, "ema": 0.999},
+    },
+    "tiny-grid": {},
+    # Of the two learning rates that its authors published (5e-4 and 1e-4) the one beside the
+    # results. The adversary joins after 50,000 of 500,000 steps.
+    "vqgan-lc-f16": {
+        "train": {"epochs": 100, "batch_size": 256, "lr": 5e-4, "weight_decay": 0.05}
+        | {"warmup_epochs": 5},
+        "loss": {"pixel": "l1", "adversarial_weight": 0.1, "adversarial_from": 0.1},
     },
 }
 """How they were trained, as far as that is known."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.tokenizers.config import TokenizerConfig, TransformerConfig
+from pipeline.tokenizers.config import LatentConfig, TransformerConfig
 
 _FREQUENCIES = 6
 
@@ -112,7 +112,7 @@ class Tower(nn.Module):
 class Encoder(nn.Module):
     """Images (n, C, H, W) in [-1, 1] to latents (n, N, D) and a summary (n, 2 D) of the picture."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, config: LatentConfig) -> None:
         super().__init__()
         width = config.encoder.width
         self.patches = nn.Conv2d(config.channels, width, config.patch, config.patch)
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
     batch, and what stood there cannot be seen.
     """
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, config: LatentConfig) -> None:
         super().__init__()
         width = config.decoder.width
         self.patch, self.channels = config.patch, config.channels

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipeline.codecs.codebook import usage
 from pipeline.device import BATCH
 from pipeline.tokenizers.tokenizer import Tokenizer, unit
 from pipeline.tokenizers.tokens import Tokens
@@ -75,21 +76,9 @@ def bit_health(tokens: Tokens) -> dict[str, float]:
     }
 
 
-def usage(tokens: Tokens) -> dict[str, float]:
-    """How many of the ids of a vocabulary occur, and their perplexity."""
-    vocabulary = tokens.form.vocabulary
-    if tokens.form.kind != "ids" or vocabulary is None:
-        raise ValueError("only ids have a vocabulary")
-    share = torch.bincount(tokens.values.flatten(), minlength=vocabulary).double()
-    share = share / share.sum()
-    used = share[share > 0]
-    return {
-        "used": len(used) / vocabulary,
-        "perplexity": float((-(used * used.log()).sum()).exp()),
-    }
-
-
 def health(tokens: Tokens) -> dict[str, float]:
     """:func:`bit_health`, and for ids their use as well."""
-    found = bit_health(tokens)
-    return found | usage(tokens) if tokens.form.kind == "ids" else found
+    found, vocabulary = bit_health(tokens), tokens.form.vocabulary
+    if tokens.form.kind == "bits" or vocabulary is None:
+        return found
+    return found | usage(torch.bincount(tokens.values.flatten(), minlength=vocabulary).cpu())

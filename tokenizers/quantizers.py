@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.codecs.codebook import nearest_code
+from pipeline.errors import UsageError
 from pipeline.tokenizers.config import (
     BernoulliConfig,
     FSQConfig,
@@ -20,8 +22,8 @@ from pipeline.tokenizers.config import (
 )
 from pipeline.tokenizers.tokens import TokenForm, form_of_bits, form_of_vocabulary
 
-_NEAREST = 2**24
-"""Distances that are in memory at a time."""
+_LEAST_SHARE = 1e-20
+"""Of a code in a batch, in the moving average."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Shape:
-    """How many vectors an image has, and how wide they are before and after."""
+    """How many vectors an image has, and how wide they are before and after.
+
+    Of a grid all places are alike, and count as one.
+    """
 
     tokens: int
     inputs: int
@@ -61,18 +66,21 @@ class Quantizer(nn.Module, ABC):
     Args:
         shape: tokens, and width of the encoder's and the decoder's vectors.
         numbers: numbers that are quantized of each vector.
+        standardize: whether mean and variance are so.
     """
 
-    def __init__(self, shape: Shape, numbers: int) -> None:
+    def __init__(self, shape: Shape, numbers: int, *, standardize: bool = True) -> None:
         super().__init__()
         self.narrow = nn.Linear(shape.inputs, numbers)
-        self.standard = nn.BatchNorm1d(shape.tokens * numbers, affine=False)
+        self.places = shape.tokens * numbers
+        norm = nn.BatchNorm1d(self.places, affine=False)
+        self.standard: nn.Module = norm if standardize else nn.Identity()
         self.widen = nn.Linear(numbers, shape.outputs)
 
     def numbers(self, hidden: Tensor) -> Tensor:
         """What is quantized, float (n, N, numbers)."""
         inner = self.narrow(hidden)
-        return cast("Tensor", self.standard(inner.flatten(1)).view_as(inner))
+        return cast("Tensor", self.standard(inner.reshape(-1, self.places)).view_as(inner))
 
     @abstractmethod
     def form(self, max_tokens: int) -> TokenForm:
@@ -220,42 +228,125 @@ class FSQ(Quantizer):
 
 
 class VQ(Quantizer):
-    """The nearest code of a codebook, where vectors and codes have length 1."""
+    """The nearest code of a codebook.
+
+    Codes that are projected begin with mean 0 and variance 1 in every direction, as vectors do that
+    are standardised: so most are near to some vector from the first step on. From then on each
+    moves with every step, whether it was chosen or not, since all share one linear map.
+    """
 
     def __init__(self, config: VQConfig, shape: Shape) -> None:
-        super().__init__(shape, config.width)
+        super().__init__(shape, config.width, standardize=config.standardize)
         self.config = config
-        self.codebook = nn.Parameter(F.normalize(torch.randn(config.vocabulary, config.width)))
+        count, width = config.vocabulary, config.width
+        if config.codes == "projected":
+            features = config.features or width
+            self.project = nn.Linear(features, width)
+            self.register_buffer("frozen", torch.randn(count, features))
+            nn.init.eye_(self.project.weight)
+            nn.init.zeros_(self.project.bias)
+        elif config.codes == "ema":
+            # Sums of vectors and how many there were, each as a share of a batch.
+            self.register_buffer("sums", torch.randn(count, width) / count)
+            self.register_buffer("share", torch.full((count,), 1 / count))
+        elif config.metric == "cosine":
+            self.codebook = nn.Parameter(F.normalize(torch.randn(count, width)))
+        else:
+            self.codebook = nn.Parameter(torch.empty(count, width).uniform_(-1 / count, 1 / count))
+        self._known: Tensor | None = None
+
+    frozen: Tensor
+    sums: Tensor
+    share: Tensor
+
+    @torch.no_grad()
+    def freeze(self, codes: Tensor) -> None:
+        """Take the codes of a codebook (K, features), which are standardised.
+
+        Raises:
+            UsageError: they are not as many or not as wide as the configuration says.
+        """
+        if codes.shape != self.frozen.shape:
+            wanted, given = (" x ".join(map(str, t.shape)) for t in (self.frozen, codes))
+            raise UsageError(
+                f"The codebook has {given} numbers, and the tokenizer is for {wanted}.",
+                hint="Give a codebook of that size, or set vocabulary and features to its own.",
+                code="other-codebook",
+            )
+        x = codes.float()
+        x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
+        self.frozen.copy_(x)
+        # The directions of most variance, each with variance 1; where features are fewer than
+        # numbers, those that are left over mix them.
+        values, vectors = torch.linalg.eigh((x.T @ x / len(x)).double())
+        values, vectors = values.flip(0), vectors.flip(1)
+        whole = vectors * values.clamp_min(1e-4 * values[0]).rsqrt()
+        columns = torch.arange(self.config.width) % whole.shape[1]
+        self.project.weight.copy_(whole[:, columns].T)
+
+    def codes(self) -> Tensor:
+        """The codes as they are compared, (K, width)."""
+        known, exporting = self._known, torch.compiler.is_exporting()
+        if known is not None and known.device == self.widen.weight.device and not exporting:
+            return known
+        if self.config.codes == "projected":
+            codes = self.project(self.frozen)
+        elif self.config.codes == "ema":
+            codes = self.sums / self.share[:, None]
+        else:
+            codes = self.codebook
+        codes = F.normalize(codes, dim=-1) if self.config.metric == "cosine" else codes
+        if not self.training and not torch.is_grad_enabled() and not exporting:
+            self._known = codes
+        return codes
+
+    def train(self, mode: bool = True) -> VQ:
+        """Codes are made once for all that is evaluated."""
+        self._known = None
+        return super().train(mode)
 
     def form(self, max_tokens: int) -> TokenForm:
         return form_of_vocabulary(self.config.vocabulary, max_tokens)
 
     def forward(self, hidden: Tensor) -> Quantized:
-        inner = F.normalize(self.numbers(hidden), dim=-1)
-        codes = F.normalize(self.codebook, dim=-1)
-        ids = nearest(inner.detach(), codes.detach())
+        config = self.config
+        inner = self.numbers(hidden).float()
+        if config.metric == "cosine":
+            inner = F.normalize(inner, dim=-1)
+        codes = self.codes().float()
+        ids = nearest_code(inner, codes)
         chosen = F.embedding(ids, codes)
-        far = (chosen - inner.detach()).square().sum(-1).mean()
-        commitment = (chosen.detach() - inner).square().sum(-1).mean()
-        losses = {"codebook": far + self.config.commitment_weight * commitment}
-        return Quantized(self.widen(inner + (chosen - inner).detach()), ids, None, losses)
+        losses = {}
+        if self.training:
+            # On the sphere a squared distance has the same size whatever the width.
+            scale = 1.0 if config.metric == "cosine" else float(config.width)
+            commitment = (chosen.detach() - inner).square().sum(-1).mean() / scale
+            total = config.commitment_weight * commitment
+            if config.codes != "ema":
+                far = (chosen - inner.detach()).square().sum(-1).mean() / scale
+                total = total + config.codebook_weight * far
+            losses["codebook"] = total
+        through = inner + (chosen - inner).detach()
+        if self.training and config.codes == "ema":
+            self._average(inner.detach().flatten(0, -2), ids.flatten())
+        return Quantized(self.widen(through.to(hidden.dtype)), ids, None, losses)
+
+    @torch.no_grad()
+    def _average(self, vectors: Tensor, ids: Tensor) -> None:
+        """Move codes towards the means of the vectors that chose them.
+
+        Shares of a batch, so that workers that average what changed have what one would.
+        """
+        step, weight = 1 - self.config.decay, 1 / len(vectors)
+        share = torch.zeros_like(self.share).index_add_(0, ids, ids.new_ones(len(ids)) * weight)
+        sums = torch.zeros_like(self.sums).index_add_(0, ids, vectors * weight)
+        # A code that nothing chooses stays where it is; its share is kept from vanishing.
+        live = (share > 0) | (self.share > _LEAST_SHARE)
+        self.share.copy_(torch.where(live, self.share.lerp(share, step), self.share))
+        self.sums.copy_(torch.where(live[:, None], self.sums.lerp(sums, step), self.sums))
 
     def levels(self, values: Tensor) -> Tensor:
-        return F.embedding(values, F.normalize(self.codebook, dim=-1))
-
-
-def nearest(vectors: Tensor, codes: Tensor) -> Tensor:
-    """Id of the nearest code of each vector, the lowest of equal ones; int64 (...).
-
-    Vectors (..., d) and codes (K, d) are compared in float32, some vectors at a time.
-    """
-    flat, codes = vectors.reshape(-1, vectors.shape[-1]).float(), codes.float()
-    lengths = codes.square().sum(1)
-    # A graph for any number of vectors cannot be cut into parts.
-    whole = torch.compiler.is_exporting()
-    parts = [flat] if whole else torch.split(flat, max(1, _NEAREST // len(codes)))
-    found = [torch.addmm(lengths, part, codes.T, alpha=-2).argmin(1) for part in parts]
-    return torch.cat(found).view(vectors.shape[:-1])
+        return F.embedding(values, self.codes())
 
 
 def _binary_entropy(p: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from pipeline.digest import dumps
 from pipeline.errors import UsageError
 from pipeline.registry import Registry
 from pipeline.tokenizers.adversary import NAME
-from pipeline.tokenizers.config import TokenizerConfig
+from pipeline.tokenizers.config import GridConfig, LatentConfig
 from pipeline.tokenizers.network import Decoder, Encoder
 from pipeline.tokenizers.quantizers import Quantized, Shape, build_quantizer
 from pipeline.tokenizers.tokens import TokenForm, Tokens, first
@@ -158,7 +158,11 @@ class Tokenizer(nn.Module, ABC):
 
 
 TOKENIZERS: Registry[type[Tokenizer]] = Registry(
-    "tokenizer", {"latent": "pipeline.tokenizers.tokenizer:LatentTokenizer"}
+    "tokenizer",
+    {
+        "latent": "pipeline.tokenizers.tokenizer:LatentTokenizer",
+        "grid": "pipeline.tokenizers.grid:GridTokenizer",
+    },
 )
 
 
@@ -190,33 +194,33 @@ def load_tokenizer(config: bytes, weights: bytes, where: str) -> Tokenizer:
     return tokenizer.eval().requires_grad_(requires_grad=False)
 
 
-class LatentTokenizer(Tokenizer):
-    """Latent tokens that a transformer reads off an image, and another makes an image of.
+class QuantizedTokenizer(Tokenizer):
+    """An encoder, a quantizer and a decoder that are trained together.
 
-    Sources: Yu et al., "An Image is Worth 32 Tokens", 2024 (TiTok); Miwa et al., "One-D-Piece",
-    2025; AMD, "Instella-T2I", 2025. Tokens keep their order, unlike those of the first two, which
-    take groups of channels for tokens.
+    Args:
+        config: what they are built from.
+        encoder: images (n, C, H, W) in [-1, 1] to vectors (n, N, D) and a summary of the picture.
+        decoder: vectors, bool (n, N) which of them count, and a size (H, W) to images.
+        shape: of the vectors.
     """
 
-    kind: ClassVar[str] = "latent"
-
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(
+        self,
+        config: LatentConfig | GridConfig,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        shape: Shape,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.encoder = Encoder(config)
-        shape = Shape(config.tokens, config.encoder.width, config.decoder.width)
+        self.config, self.encoder = config, encoder
         self.quantizer = build_quantizer(config.quantizer, shape)
-        self.decoder = Decoder(config)
+        self.decoder = decoder
         self.form = self.quantizer.form(config.tokens)
-        self.channels, self.size, self.multiple = config.channels, config.size, config.multiple
+        self.channels, self.size = config.channels, config.size
 
     @property
     def spec(self) -> TokenizerSpec:
         return TokenizerSpec(self.kind, self.config.model_dump(mode="json"))
-
-    @classmethod
-    def build(cls, config: Mapping[str, Any]) -> LatentTokenizer:
-        return cls(build(TokenizerConfig, config))
 
     def forward(self, images: Tensor, lengths: Tensor) -> tuple[Tensor, Quantized]:
         """Images (n, C, H, W) in [-1, 1] seen through their first tokens, for training.
@@ -249,6 +253,32 @@ class LatentTokenizer(Tokenizer):
         ends = torch.tensor([0, 1], device=widen.weight.device)[:, None].expand(2, form.bits)
         levels = self.quantizer.levels(ends)
         return levels[..., None] * widen.weight.T + widen.bias / form.bits
+
+
+def build_tokenizer(config: LatentConfig | GridConfig) -> QuantizedTokenizer:
+    """A tokenizer that is not yet trained."""
+    kind = TOKENIZERS.get(config.kind)
+    return cast("QuantizedTokenizer", kind.build(config.model_dump(mode="json")))
+
+
+class LatentTokenizer(QuantizedTokenizer):
+    """Latent tokens that a transformer reads off an image, and another makes an image of.
+
+    Sources: Yu et al., "An Image is Worth 32 Tokens", 2024 (TiTok); Miwa et al., "One-D-Piece",
+    2025; AMD, "Instella-T2I", 2025. Tokens keep their order, unlike those of the first two, which
+    take groups of channels for tokens.
+    """
+
+    kind: ClassVar[str] = "latent"
+
+    def __init__(self, config: LatentConfig) -> None:
+        shape = Shape(config.tokens, config.encoder.width, config.decoder.width)
+        super().__init__(config, Encoder(config), Decoder(config), shape)
+        self.multiple = config.multiple
+
+    @classmethod
+    def build(cls, config: Mapping[str, Any]) -> LatentTokenizer:
+        return cls(build(LatentConfig, config))
 
 
 def unit(images: Tensor) -> Tensor:

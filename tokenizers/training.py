@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,14 @@ from pipeline.tokenizers.config import (
     TokenizerTrainConfig,
 )
 from pipeline.tokenizers.quality import error_curves, grid, health, psnr
-from pipeline.tokenizers.quantizers import decorrelation
+from pipeline.tokenizers.quantizers import VQ, decorrelation
 from pipeline.tokenizers.resolution import lowered
-from pipeline.tokenizers.tokenizer import LatentTokenizer, TokenizerSpec, unit
+from pipeline.tokenizers.tokenizer import (
+    QuantizedTokenizer,
+    TokenizerSpec,
+    build_tokenizer,
+    unit,
+)
 
 MEASURED = 1000
 """Test images that are measured in the course of a training."""
@@ -42,6 +48,8 @@ class TrainTokenizer:
     training: TokenizerTrainConfig
     perceptual: Weights | None = None
     """Of the perceptual loss's network, where they come from a file."""
+    codebook: Weights | None = None
+    """One array (K, D): codes that stay as they are."""
 
     version: ClassVar[int] = 1
 
@@ -53,7 +61,10 @@ class TrainTokenizer:
         self, inputs: Mapping[str, pa.Table], seed: int, device: torch.device
     ) -> TokenizerTraining:
         images = {name: pictures(table).to(device) for name, table in inputs.items()}
-        model, critic = LatentTokenizer(self.config), self._critic()
+        model, critic = build_tokenizer(self.config), self._critic()
+        if self.codebook is not None and isinstance(model.quantizer, VQ):
+            (codes,) = self.codebook.arrays().values()
+            model.quantizer.freeze(torch.from_numpy(codes.astype(np.float32)))
         if self.training.loss.adversarial_weight:
             model.add_module(NAME, Adversary(self.config.channels))
         critic = critic.to(device) if critic else None
@@ -108,7 +119,7 @@ def pictures(table: pa.Table) -> Tensor:
 class TokenizerTraining:
     """Images seen through their first tokens are to be the images."""
 
-    model: LatentTokenizer
+    model: QuantizedTokenizer
     task: TrainTokenizer
     images: Mapping[str, Tensor]
     seed: int

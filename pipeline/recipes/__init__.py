@@ -32,6 +32,7 @@ class Recipe:
 recipes: Registry[Recipe] = Registry(
     "recipe",
     {
+        "codebook": "pipeline.recipes.codebook:RECIPE",
         "convert": "pipeline.recipes.convert:RECIPE",
         "distill": "pipeline.recipes.distill:RECIPE",
         "prune": "pipeline.recipes.prune:RECIPE",

@@ -14,8 +14,10 @@ from pydantic import Field
 from pipeline.backbones import Weights
 from pipeline.config import Config, TrainConfig, build, merge
 from pipeline.datasets import Dataset
+from pipeline.errors import UsageError
 from pipeline.orchestration.run import Run
 from pipeline.recipes import Recipe
+from pipeline.recipes.codebook import open_codebook
 from pipeline.recipes.distill_config import UNKNOWN
 from pipeline.recipes.memory import check_memory
 from pipeline.recipes.tokenizer_report import report
@@ -29,7 +31,14 @@ from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.regroup import ChosenSource
 from pipeline.storage.weights import WeightsFile
 from pipeline.tensors import to_numpy
-from pipeline.tokenizers.config import PRESETS, TRAINING, TokenizerConfig, TokenizerTrainConfig
+from pipeline.tokenizers.config import (
+    PRESETS,
+    TRAINING,
+    LatentConfig,
+    TokenizerConfig,
+    TokenizerTrainConfig,
+    VQConfig,
+)
 from pipeline.tokenizers.lengths import (
     LengthRule,
     byte_costs,
@@ -43,7 +52,9 @@ from pipeline.tokenizers.quantizers import Shape, build_quantizer
 from pipeline.tokenizers.tokens import TokenForm
 from pipeline.tokenizers.training import TrainTokenizer
 
-Preset = Literal["tiny", "instella-1024", "one-d-piece-b-256", "detailflow-128"]
+Preset = Literal[
+    "tiny", "tiny-grid", "instella-1024", "one-d-piece-b-256", "detailflow-128", "vqgan-lc-f16"
+]
 ROWS = 500
 """Images of a shard that is measured."""
 SHOWN = 8
@@ -56,7 +67,10 @@ class TrainTokenizerConfig(Config):
     preset: Preset = Field(
         "tiny", description="whose settings are the defaults; every one can be set by itself"
     )
-    tokenizer: TokenizerConfig = TokenizerConfig()
+    codebook: str | None = Field(
+        None, description="output of codebook, or a file with codes (K, D), that stay frozen"
+    )
+    tokenizer: TokenizerConfig = LatentConfig()
     training: TokenizerTrainConfig = TokenizerTrainConfig()
     measured: int = Field(
         2000, ge=1, description="images whose error curves are measured, of each split"
@@ -78,6 +92,8 @@ def defaults(data: Dataset, values: Mapping[str, Any]) -> dict[str, Any]:
         sized |= {"size": image["size"], "patch": max(1, image["size"] // 4)}
     flip = {"training": {"flip": image.get("flip", True)}}
     published = {"tokenizer": dict(PRESETS[name]), "training": TRAINING[name]}
+    if name == "tiny-grid":
+        sized |= {"size": image["size"], "patch": 2 if image["size"] >= 16 else 1}
     kind = values.get("tokenizer", {}).get("quantizer", {}).get("kind")
     if kind not in {None, published["tokenizer"]["quantizer"]["kind"]}:
         del published["tokenizer"]["quantizer"]  # its settings are none of the other kind's
@@ -90,12 +106,12 @@ class _Preset(Config):
 
 def train_tokenizer(run: Run, data: Dataset, config: TrainTokenizerConfig) -> dict[str, Any]:
     """Train, measure error curves of images, and fit the predictor of these curves."""
-    settings = config.tokenizer
+    settings, codebook = _codebook(config)
     decode = Decode(settings.size, settings.channels)
     train = _split(run, data, "train", decode)
     test = _split(run, data, "test", decode)
     run.require(lambda: _check(train, settings))
-    task = TrainTokenizer(settings, *_perceptual(config.training))
+    task = TrainTokenizer(settings, *_perceptual(config.training), codebook)
     tokenizer = run.fit("tokenizer", task, train=train, test=test)
     files = ModelFiles.fitted(tokenizer)
     lengths = tuple(candidates(settings.tokens))
@@ -129,7 +145,7 @@ def train_tokenizer(run: Run, data: Dataset, config: TrainTokenizerConfig) -> di
         "psnr": {str(k): tokenizer.metrics["psnr"][str(k)] for k in seen},
         "lengths": table,
         "predictor": dict(predictor.metrics),
-        "config": config.model_copy(update={"training": task.training}).model_dump(mode="json"),
+        "config": _told(config, task),
         "seed": run.seed,
     }
     if not run.published("tokenizer", products):
@@ -150,6 +166,37 @@ def _check(train: ArtifactSource, settings: TokenizerConfig) -> None:
     )
     count = train.artifact.manifest["counts"]["out"]
     check_memory("a tokenizer", count, settings.size, settings.channels, hint)
+
+
+def _codebook(config: TrainTokenizerConfig) -> tuple[TokenizerConfig, Weights | None]:
+    """The tokenizer, as large as the codebook that was given, and the codebook."""
+    settings, quantizer = config.tokenizer, config.tokenizer.quantizer
+    if config.codebook is None:
+        return settings, None
+    if not isinstance(quantizer, VQConfig) or quantizer.codes != "projected":
+        raise UsageError(
+            "This tokenizer makes its codes itself, and has no use for a codebook.",
+            hint="Choose --preset tiny-grid, or set tokenizer.quantizer.kind=vq and "
+            "tokenizer.quantizer.codes=projected.",
+            code="no-use",
+        )
+    codebook = open_codebook(config.codebook)
+    shapes = [array.shape for array in codebook.arrays().values()]
+    if len(shapes) != 1 or len(shapes[0]) != 2:
+        raise UsageError(
+            f"There are {len(shapes)} arrays in '{codebook.name}', and a codebook is one (K, D).",
+            hint="Give the output of 'pipeline run codebook', or a file with one such array.",
+            code="no-codebook",
+        )
+    size = dict(zip(("vocabulary", "features"), shapes[0], strict=True))
+    return settings.model_copy(update={"quantizer": quantizer.model_copy(update=size)}), codebook
+
+
+def _told(config: TrainTokenizerConfig, task: TrainTokenizer) -> dict[str, Any]:
+    """The configuration as a manifest holds it: no path of one machine."""
+    codebook = task.codebook and task.codebook.name
+    changed = {"tokenizer": task.config, "training": task.training, "codebook": codebook}
+    return config.model_copy(update=changed).model_dump(mode="json")
 
 
 def _perceptual(training: TokenizerTrainConfig) -> tuple[TokenizerTrainConfig, Weights | None]:
