@@ -19,6 +19,7 @@ from pipeline.config import build
 from pipeline.errors import UsageError
 from pipeline.orchestration.checkpoint import Checkpoint
 from pipeline.orchestration.training import train
+from pipeline.recipes.train_tokenizer import TrainTokenizerConfig
 from pipeline.storage.store import LocalStore
 from pipeline.storage.weights import WeightsFile
 from pipeline.tensors import tensor_column
@@ -27,7 +28,7 @@ from pipeline.tokenizers.adversary import Adversary, adversarial_loss
 from pipeline.tokenizers.config import PRESETS, TRAINING, LatentConfig, TokenizerTrainConfig
 from pipeline.tokenizers.quality import bit_health, error_curves, grid, psnr
 from pipeline.tokenizers.resolution import lowered, resolution
-from pipeline.tokenizers.tokenizer import LatentTokenizer, load_tokenizer
+from pipeline.tokenizers.tokenizer import LatentTokenizer, build_tokenizer, load_tokenizer
 from pipeline.tokenizers.tokens import Tokens, form_of_bits
 from pipeline.tokenizers.training import TokenizerTraining, TrainTokenizer, draw_lengths
 
@@ -262,10 +263,11 @@ def test_images_that_do_not_fit_are_refused(
 def test_presets_are_whole(name: str) -> None:
     build(TokenizerTrainConfig, TRAINING[name])
     with torch.device("meta"):
-        model = LatentTokenizer(build(LatentConfig, PRESETS[name]))
+        model = build_tokenizer(build(TrainTokenizerConfig, {"tokenizer": PRESETS[name]}).tokenizer)
     millions = sum(value.numel() for value in model.parameters()) / 1e6
     # Encoder and decoder of the published sizes: blocks alone have 12 D^2 numbers.
     least = {"tiny": 1.2, "instella-1024": 280, "one-d-piece-b-256": 165, "detailflow-128": 270}
+    least |= {"tiny-grid": 0.6, "vqgan-lc-f16": 65}
     assert least[name] < millions < 1.3 * least[name]
     assert model.form.max_tokens == model.config.tokens
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import build
-from pipeline.errors import UsageError
 from pipeline.tokenizers.config import GridConfig
 from pipeline.tokenizers.quantizers import Shape
 from pipeline.tokenizers.tokenizer import QuantizedTokenizer
@@ -56,6 +55,10 @@ def _middle(config: GridConfig, width: int) -> list[nn.Module]:
     return [_Residual(width, width), *between, _Residual(width, width)]
 
 
+def _level(before: int, after: int, blocks: int) -> list[nn.Module]:
+    return [_Residual(after if number else before, after) for number in range(blocks)]
+
+
 class GridEncoder(nn.Module):
     """Images (n, C, H, W) in [-1, 1] to vectors (n, N, D), row by row, and a summary (n, 2 D)."""
 
@@ -68,7 +71,7 @@ class GridEncoder(nn.Module):
         for number, (before, after) in enumerate(pairwise([widths[0], *widths])):
             if number:
                 layers.append(nn.Conv2d(before, before, 3, 2, padding=1))
-            layers += [_Residual(before if not n else after, after) for n in range(config.blocks)]
+            layers += _level(before, after, config.blocks)
         layers += [*_middle(config, widths[-1]), _norm(widths[-1]), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], config.latent, 3, padding=1))
 
@@ -82,7 +85,8 @@ class GridEncoder(nn.Module):
 class GridDecoder(nn.Module):
     """Vectors (n, N, D), row by row, to images (n, C, H, W), about in [-1, 1].
 
-    A token that was dropped is replaced by a vector that says so.
+    Of each resolution it has one block more than the encoder, as its source has. A token that was
+    dropped is replaced by a vector that says so.
     """
 
     def __init__(self, config: GridConfig) -> None:
@@ -95,7 +99,7 @@ class GridDecoder(nn.Module):
         for number, (before, after) in enumerate(pairwise([widths[0], *widths])):
             if number:
                 layers += [nn.Upsample(scale_factor=2.0), nn.Conv2d(before, before, 3, padding=1)]
-            layers += [_Residual(before if not n else after, after) for n in range(config.blocks)]
+            layers += _level(before, after, config.blocks + 1)
         channels = config.channels * config.patch**2
         layers += [_norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], channels, 3, padding=1)]
         self.layers = nn.Sequential(*layers, nn.PixelShuffle(config.patch))
@@ -116,21 +120,13 @@ class GridTokenizer(QuantizedTokenizer):
     """
 
     kind: ClassVar[str] = "grid"
+    one_size: ClassVar[bool] = True
 
     def __init__(self, config: GridConfig) -> None:
         shape = Shape(1, config.latent, config.latent)
         super().__init__(config, GridEncoder(config), GridDecoder(config), shape)
-        self.multiple = config.factor
+        self.multiple = config.size
 
     @classmethod
     def build(cls, config: Mapping[str, Any]) -> GridTokenizer:
         return cls(build(GridConfig, config))
-
-    def _check_size(self, size: tuple[int, int], what: str) -> None:
-        # An image has as many tokens as the grid has places.
-        if size != (self.size, self.size):
-            raise UsageError(
-                f"Images of {size[0]} x {size[1]} cannot be {what}.",
-                hint=f"This tokenizer takes images of {self.size} x {self.size}.",
-                code="bad-image-size",
-            )

@@ -53,6 +53,8 @@ class Tokenizer(nn.Module, ABC):
     """Side of the images it was trained on, in pixels."""
     multiple: int
     """Sides of images are multiples of it, in pixels."""
+    one_size: ClassVar[bool] = False
+    """Whether images have to be of ``size``, since the number of tokens follows from it."""
 
     @property
     @abstractmethod
@@ -112,7 +114,7 @@ class Tokenizer(nn.Module, ABC):
                 hint="Decode tokens with the tokenizer that made them.",
                 code="other-tokenizer",
             )
-        self._check_size(size, "decoded")
+        self.check_size(size, "decoded")
         return self.decode_values(tokens.values, tokens.lengths, size).float()
 
     def encode(self, images: Tensor) -> Tokens:
@@ -127,13 +129,24 @@ class Tokenizer(nn.Module, ABC):
                 hint="Use a tokenizer that was trained on such images, or convert them.",
                 code="other-channels",
             )
-        self._check_size((height, width), "cut into patches")
+        self.check_size((height, width), "tokenized")
 
-    def _check_size(self, size: tuple[int, int], what: str) -> None:
-        if min(size) < self.multiple or any(side % self.multiple for side in size):
+    def check_size(self, size: tuple[int, int], what: str) -> None:
+        """Refuse sides (H, W) that the tokenizer does not take; ``what`` cannot be done with them.
+
+        Raises:
+            UsageError: it does not take them.
+        """
+        fits = [side >= self.multiple and side % self.multiple == 0 for side in size]
+        if self.one_size:
+            fits = [side == self.size for side in size]
+        if not all(fits):
+            wanted = (
+                f"of {self.size}" if self.one_size else f"that are multiples of {self.multiple}"
+            )
             raise UsageError(
                 f"Images of {size[0]} x {size[1]} cannot be {what}.",
-                hint=f"Give sides that are multiples of {self.multiple}.",
+                hint=f"Give sides {wanted}.",
                 code="bad-image-size",
             )
 

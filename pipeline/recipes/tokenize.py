@@ -127,12 +127,7 @@ def tokenize(run: Run, data: Dataset, config: TokenizeConfig) -> dict[str, Any]:
     opened = open_tokenizer(config.tokenizer)
     tokenizer = read_tokenizer(opened.files, CPU)
     size = config.size or tokenizer.size
-    if size < tokenizer.multiple or size % tokenizer.multiple:
-        raise UsageError(
-            f"Views of {size} x {size} pixels cannot be cut into the tokenizer's patches.",
-            hint=f"Give --size a multiple of {tokenizer.multiple}.",
-            code="bad-image-size",
-        )
+    tokenizer.check_size((size, size), "tokenized")
     channels: Literal[1, 3] = 1 if tokenizer.channels == 1 else 3
     rule = _rule(run, data, config, opened, Decode(size, channels))
     decode = Decode(decoded_size(config.views, size), channels)
