@@ -62,26 +62,23 @@ def report(
 
 
 def _use(counts: npt.NDArray[np.int64]) -> str:
-    ranked = np.sort(counts)[::-1]
-    ranks = np.unique(np.geomspace(1, len(ranked), POINTS).astype(int))
-    even = counts.sum() / len(counts)
+    covered = np.cumsum(np.sort(counts)[::-1]) / max(int(counts.sum()), 1)
+    ranks = np.unique(np.linspace(1, len(counts), POINTS).astype(int))
     series = {
-        "codes, most used first": [(float(r), max(float(ranked[r - 1]), 0.5)) for r in ranks],
-        "even use": [(1.0, even), (float(len(ranked)), even)],
+        "codes, most used first": [
+            (r / len(counts), float(covered[r - 1])) for r in ranks.tolist()
+        ],
+        "even use": [(0.0, 0.0), (1.0, 1.0)],
     }
     chart = line_chart(
-        "Use of the codes",
-        series,
-        x_label="rank of the code",
-        y_label="features that are nearest to it",
-        log_x=True,
+        "Use of the codes", series, x_label="share of the codes", y_label="share of the features"
     )
     edges = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, np.inf]
     found = np.histogram(counts, edges)[0]
     ranges = [f"{low:g} to {high - 1:g}" for low, high in pairwise(edges[2:-1])]
     names = ["0", "1", *ranges, f"{edges[-2]:,g} and more"]
     rows = [(name, int(count)) for name, count in zip(names, found, strict=True) if count]
-    return figure(chart, "How often each code is the nearest.") + html_table(
+    return figure(chart, "How many features the most used codes are nearest to.") + html_table(
         ("features of a code", "codes"), rows
     )
 
