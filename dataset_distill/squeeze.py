@@ -98,12 +98,8 @@ class SqueezeTraining:
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         data = self.sets["train"]
         rows = data.rows(self.seed, epoch, index, self.config.batch_size)
-        generator = torch.Generator().manual_seed(seed_for(self.seed, "augment", epoch, index))
-        x = shifted(data.images.take(rows), self.task.image.size // 8, generator)
-        if self.task.image.flip:
-            mirrored = torch.rand(len(x), generator=generator).to(x.device) < 0.5
-            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-        return x, data.labels[rows]
+        seed = seed_for(self.seed, "augment", epoch, index)
+        return augmented(data.images.take(rows), self.task.image, seed), data.labels[rows]
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, labels = batch
@@ -111,6 +107,16 @@ class SqueezeTraining:
 
     def evaluate(self) -> dict[str, Any]:
         return accuracy(self.model, self.sets["test"])
+
+
+def augmented(x: Tensor, image: ImageConfig, seed: int) -> Tensor:
+    """Images (B, C, S, S) shifted by up to an eighth, and mirrored where that keeps the label."""
+    generator = torch.Generator().manual_seed(seed)
+    x = shifted(x, image.size // 8, generator)
+    if image.flip:
+        mirrored = torch.rand(len(x), generator=generator).to(x.device) < 0.5
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    return x
 
 
 def shifted(x: Tensor, most: int, generator: torch.Generator) -> Tensor:

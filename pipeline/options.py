@@ -13,6 +13,7 @@ from pipeline import __version__
 RECIPES = {
     "distill": "a few synthetic images a class with soft labels (CDA and beyond)",
     "prune": "the samples that are worth keeping: scores, duplicates, a selection",
+    "compress-model": "a classifier in few bytes: its weights as low-rank codes",
     "codebook": "k-means centres of patch features, for tokenizers with very many codes",
     "tokenize": "tokens of all images, packed, in a store for generators",
     "train-tokenizer": "an image tokenizer: few tokens an image, as many as it needs",
@@ -123,6 +124,24 @@ def _train_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="PATH", help="output folder, or its URL")
 
 
+def _compress_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
+    settings = parser.add_argument_group("recipe")
+    settings.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="small (default), resnet18-29x, resnet18-43x, resnet50-19x or resnet50-31x",
+    )
+    settings.add_argument(
+        "--teacher-weights", metavar="FILE", help="the network's .safetensors or .npz"
+    )
+    settings.add_argument("--teacher-backbone", metavar="NAME", help="the network")
+    settings.add_argument("--k", type=int, help="codes of a layer (256)")
+    settings.add_argument("--m", type=int, help="numbers of a sub-vector (8)")
+    settings.add_argument("--d-tilde", metavar="D", help="numbers of a code, or auto (default)")
+    parser.add_argument("--out", metavar="PATH", help="output folder, or its URL")
+
+
 def _codebook_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
     settings = parser.add_argument_group("recipe")
@@ -174,6 +193,7 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
 OWN_OPTIONS = {
     "distill": _distill_options,
     "prune": _prune_options,
+    "compress-model": _compress_options,
     "codebook": _codebook_options,
     "tokenize": _tokenize_options,
     "train-tokenizer": _train_tokenizer_options,

@@ -82,6 +82,16 @@ TRAIN_TOKENIZER = {
     "--preset": "preset",
     "--codebook": "codebook",
 }
+COMPRESS = {
+    **RUN_OPTIONS,
+    "--out": "out",
+    "--preset": "preset",
+    "--teacher-weights": "teacher_weights",
+    "--teacher-backbone": "teacher_backbone",
+    "--k": "k",
+    "--m": "m",
+    "--d-tilde": "d_tilde",
+}
 CODEBOOK = {
     **RUN_OPTIONS,
     "--out": "out",
@@ -110,6 +120,7 @@ def test_the_command_line_is_frozen():
             "-h/--help": "help",
             "distill": DISTILL,
             "prune": PRUNE,
+            "compress-model": COMPRESS,
             "codebook": CODEBOOK,
             "tokenize": TOKENIZE,
             "train-tokenizer": TRAIN_TOKENIZER,
@@ -119,6 +130,7 @@ def test_the_command_line_is_frozen():
             "-h/--help": "help",
             "distill": {**DISTILL, "--gpu": "gpu"},
             "prune": PRUNE,
+            "compress-model": COMPRESS,
             "codebook": CODEBOOK,
             "tokenize": TOKENIZE,
             "train-tokenizer": TRAIN_TOKENIZER,

@@ -284,7 +284,10 @@ PRESETS: Mapping[str, dict[str, Any]] = {
     },
     "tiny-grid": {
         "kind": "grid",
-        "quantizer": _FROZEN | {"vocabulary": 4096, "width": 8},
+        # On the sphere, and with weights beside which the picture counts: codes stay in use.
+        "quantizer": _FROZEN
+        | {"metric": "cosine", "vocabulary": 4096, "width": 8}
+        | {"commitment_weight": 0.01, "codebook_weight": 0.05},
     },
     "vqgan-lc-f16": {
         "kind": "grid",

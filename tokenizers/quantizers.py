@@ -276,8 +276,8 @@ class VQ(Quantizer):
         x = codes.float()
         x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
         self.frozen.copy_(x)
-        # The directions of most variance, each with variance 1; where features are fewer than
-        # numbers, those that are left over mix them.
+        # The directions of most variance, each with variance 1, and from the first again where
+        # there are fewer than numbers.
         values, vectors = torch.linalg.eigh((x.T @ x / len(x)).double())
         values, vectors = values.flip(0), vectors.flip(1)
         whole = vectors * values.clamp_min(1e-4 * values[0]).rsqrt()
@@ -286,17 +286,19 @@ class VQ(Quantizer):
 
     def codes(self) -> Tensor:
         """The codes as they are compared, (K, width)."""
-        known, exporting = self._known, torch.compiler.is_exporting()
-        if known is not None and known.device == self.widen.weight.device and not exporting:
-            return known
+        fixed = not (self.training or torch.is_grad_enabled() or torch.compiler.is_exporting())
+        device = self.widen.weight.device
+        if fixed and self._known is not None and self._known.device == device:
+            return self._known
         if self.config.codes == "projected":
-            codes = self.project(self.frozen)
+            with torch.autocast(device.type, enabled=False):
+                codes = self.project(self.frozen)
         elif self.config.codes == "ema":
             codes = self.sums / self.share[:, None]
         else:
             codes = self.codebook
         codes = F.normalize(codes, dim=-1) if self.config.metric == "cosine" else codes
-        if not self.training and not torch.is_grad_enabled() and not exporting:
+        if fixed:
             self._known = codes
         return codes
 

@@ -165,6 +165,12 @@ def defaults(data: Dataset, values: Mapping[str, Any]) -> dict[str, Any]:
     return reduce(merge, layers)
 
 
+def teacher_defaults(data: Dataset) -> dict[str, Any]:
+    """The classifier that is trained for a data set where none is given."""
+    image = data.info.image if data.info else UNKNOWN
+    return TEACHERS[_teacher(_kind(data.name if data.info else "", image["size"]))]
+
+
 class _Preset(Config):
     preset: Literal["best", "cda", "sre2l"] = "best"
 

@@ -23,10 +23,10 @@ from pipeline.errors import RunError, UsageError
 from pipeline.orchestration.fit import Fit
 from pipeline.orchestration.run import Run
 from pipeline.recipes.distill_config import DistillConfig
-from pipeline.recipes.memory import check_memory
 from pipeline.recipes.nearest import NearestReal, nearest_keys
 from pipeline.recipes.starts import StartSource, tiles_of
 from pipeline.recipes.teacher import teacher_task
+from pipeline.recipes.training_images import check_memory
 from pipeline.stage import Stage
 from pipeline.stages.candidates import Candidates
 from pipeline.stages.decode import Decode

@@ -19,11 +19,9 @@ from pipeline.orchestration.run import Run
 from pipeline.recipes import Recipe
 from pipeline.recipes.codebook import open_codebook
 from pipeline.recipes.distill_config import UNKNOWN
-from pipeline.recipes.memory import check_memory
 from pipeline.recipes.tokenizer_report import report
-from pipeline.stage import Stage
+from pipeline.recipes.training_images import check_memory, decoded
 from pipeline.stages.decode import Decode
-from pipeline.stages.select import Split
 from pipeline.stages.tokenize import Measure, Reconstruct
 from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.models import ModelFiles
@@ -108,8 +106,7 @@ def train_tokenizer(run: Run, data: Dataset, config: TrainTokenizerConfig) -> di
     """Train, measure error curves of images, and fit the predictor of these curves."""
     settings, codebook = _codebook(config)
     decode = Decode(settings.size, settings.channels)
-    train = _split(run, data, "train", decode)
-    test = _split(run, data, "test", decode)
+    train, test = decoded(run, data, "train", decode), decoded(run, data, "test", decode)
     run.require(lambda: _check(train, settings))
     task = TrainTokenizer(settings, *_perceptual(config.training), codebook)
     tokenizer = run.fit("tokenizer", task, train=train, test=test)
@@ -211,14 +208,6 @@ def _perceptual(training: TokenizerTrainConfig) -> tuple[TokenizerTrainConfig, W
     named = settings.model_copy(update={"weights": file.name})
     loss = training.loss.model_copy(update={"perceptual": named})
     return training.model_copy(update={"loss": loss}), file
-
-
-def _split(
-    run: Run, data: Dataset, part: Literal["train", "test"], decode: Decode
-) -> ArtifactSource:
-    source = data.test if part == "test" and data.test else data.train
-    stages: list[Stage] = [decode] if data.test else [Split(part), decode]
-    return run.map(part, source, stages, to=ParquetFormat())
 
 
 def evenly(source: ArtifactSource, count: int) -> ChosenSource:

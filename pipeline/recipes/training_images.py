@@ -1,10 +1,27 @@
-"""What a training holds in memory."""
+"""The images of a training, which are held in memory."""
 
 from __future__ import annotations
 
 import os
+from typing import Literal
 
+from pipeline.datasets import Dataset
 from pipeline.errors import UsageError
+from pipeline.orchestration.run import Run
+from pipeline.stage import Stage
+from pipeline.stages.decode import Decode
+from pipeline.stages.select import Split
+from pipeline.storage.artifact import ArtifactSource
+from pipeline.storage.parquet import ParquetFormat
+
+
+def decoded(
+    run: Run, data: Dataset, part: Literal["train", "test"], decode: Decode
+) -> ArtifactSource:
+    """A split as pixels; where there is no test split, a part of the training samples is one."""
+    source = data.test if part == "test" and data.test else data.train
+    stages: list[Stage] = [decode] if data.test else [Split(part), decode]
+    return run.map(part, source, stages, to=ParquetFormat())
 
 
 def check_memory(what: str, images: int, size: int, channels: int, hint: str) -> None:

@@ -1,0 +1,305 @@
+"""Networks whose weights are codes: while they are trained, and as arrays in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import backbones
+from pipeline.codecs.low_rank_vq import CodedLayer, Directions, Floats, cluster, sub_vectors
+from pipeline.digest import dumps
+from pipeline.errors import RunError
+
+Arrays = dict[str, npt.NDArray[Any]]
+VERSION = 1
+"""Of the arrays of a coded network."""
+PLAN = "plan"
+"""Name of the array that says what the others are: JSON."""
+
+
+class LowRankWeight(nn.Module):
+    """A weight as vectors of d numbers and a basis: every sub-vector is basis @ vector.
+
+    Args:
+        layer: how the weight is coded; its k counts for nothing yet.
+        weight: float32, of which the directions of most energy are taken.
+    """
+
+    def __init__(self, layer: CodedLayer, weight: Tensor) -> None:
+        super().__init__()
+        self.shape = layer.shape
+        x = sub_vectors(weight.detach().cpu().float().numpy(), layer.m)
+        basis = Directions.of(x).basis[:, : layer.d].astype(np.float32)
+        self.basis = nn.Parameter(torch.from_numpy(np.ascontiguousarray(basis)))
+        self.vectors = nn.Parameter(torch.from_numpy(x @ basis))
+
+    def forward(self) -> Tensor:
+        """The weight."""
+        return (self.vectors @ self.basis.T).view(self.shape)
+
+
+class CodedWeight(nn.Module):
+    """A weight as codes, a codebook (k, d) and a basis (m, d), of which codes stay as they are.
+
+    Args:
+        layer: how the weight is coded.
+        codes: int32 (n,).
+        codebook: float32 (k, d).
+        basis: float32 (m, d), or None where d = m.
+    """
+
+    def __init__(
+        self,
+        layer: CodedLayer,
+        codes: npt.NDArray[np.int32],
+        codebook: Floats,
+        basis: Floats | None,
+    ) -> None:
+        super().__init__()
+        self.shape = layer.shape
+        self.register_buffer("codes", torch.from_numpy(codes.astype(np.int64)))
+        self.codebook = nn.Parameter(torch.from_numpy(codebook.astype(np.float32)))
+        own = None if basis is None else nn.Parameter(torch.from_numpy(basis.astype(np.float32)))
+        self.register_parameter("basis", own)
+
+    codes: Tensor
+    basis: Tensor | None
+
+    def forward(self) -> Tensor:
+        """The weight: all that k codes can be is made once, and looked up."""
+        table = self.codebook if self.basis is None else self.codebook @ self.basis.T
+        return F.embedding(self.codes, table).view(self.shape)
+
+
+class WithWeight(nn.Module):
+    """A convolution or linear layer whose weight is made by another module."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, weight: nn.Module) -> None:
+        super().__init__()
+        layer.register_parameter("weight", None)
+        self.layer, self.weight = layer, weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight()
+        if isinstance(self.layer, nn.Linear):
+            return F.linear(x, weight, self.layer.bias)
+        # It alone knows all ways of padding.
+        return cast("Tensor", self.layer._conv_forward(x, weight, self.layer.bias))  # noqa: SLF001
+
+
+def put(model: nn.Module, name: str, weight: nn.Module) -> None:
+    """Have ``weight`` make the weight of the layer ``name``, in place."""
+    found = model.get_submodule(name)
+    if isinstance(found, WithWeight):
+        found.weight = weight
+        return
+    parent, _, last = name.rpartition(".")
+    layer = cast("nn.Conv2d | nn.Linear", found)
+    setattr(model.get_submodule(parent), last, WithWeight(layer, weight))
+
+
+def to_low_rank(model: nn.Module, layers: Sequence[CodedLayer]) -> nn.Module:
+    """Give the coded layers of a network low-rank weights, in place."""
+    for layer in layers:
+        weight = cast("Tensor", model.get_submodule(layer.name).weight)
+        put(model, layer.name, LowRankWeight(layer, weight))
+    return model
+
+
+def to_codes(
+    model: nn.Module, layers: Sequence[CodedLayer], seed: int, threads: int | None = None
+) -> nn.Module:
+    """Cluster the vectors of a network from :func:`to_low_rank`, in place.
+
+    The basis is made orthonormal first, so that distances of vectors are those of weights.
+    """
+    bases, vectors = [], []
+    for layer in layers:
+        low = cast("LowRankWeight", cast("WithWeight", model.get_submodule(layer.name)).weight)
+        q, r = np.linalg.qr(low.basis.detach().cpu().double().numpy())
+        bases.append(q.astype(np.float32))
+        inside = low.vectors.detach().cpu().double().numpy() @ r.T
+        vectors.append(np.ascontiguousarray(inside, np.float32))
+    made = cluster(vectors, [layer.k for layer in layers], seed, threads)
+    for layer, codes, book, basis in zip(layers, made.codes, made.codebooks, bases, strict=True):
+        parts = (book @ basis.T, None) if layer.d == layer.m else (book, basis)
+        put(model, layer.name, CodedWeight(layer, codes, *parts))
+    return model
+
+
+def to_empty_codes(model: nn.Module, layers: Sequence[CodedLayer]) -> nn.Module:
+    """Give a network codes that are all 0, in place, for a state dict to fill."""
+    for layer in layers:
+        codes = np.zeros(layer.vectors, np.int32)
+        book = np.zeros((layer.k, layer.d), np.float32)
+        basis = np.zeros((layer.m, layer.d), np.float32) if layer.d < layer.m else None
+        put(model, layer.name, CodedWeight(layer, codes, book, basis))
+    return model
+
+
+def rebuild(arrays: Mapping[str, npt.NDArray[Any]], *, look_up: bool = False) -> nn.Module:
+    """A network from the arrays of :func:`to_arrays`, in evaluation mode.
+
+    Args:
+        arrays: as ``safetensors.numpy.load_file`` reads them.
+        look_up: keep codes, and make each weight when its layer is asked; otherwise weights are
+            made once.
+
+    Raises:
+        RunError: the arrays are none of a coded network.
+    """
+    about, state = from_arrays(arrays)
+    spec = about["model"]
+    model = backbones.build(spec["backbone"], spec["classes"], spec["channels"])
+    backbones.load_weights(model, state, "a coded network")
+    if look_up:
+        for layer in about["layers"]:
+            table, codes = layer_table(arrays, layer)
+            whole = replace(layer, d=layer.m)
+            put(model, layer.name, CodedWeight(whole, codes.astype(np.int32), table, None))
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that the network had before its weights were codes."""
+    state = {}
+    for name, module in model.named_modules():
+        if isinstance(module, WithWeight):
+            state[f"{name}.weight"] = module.weight().detach()
+            if module.layer.bias is not None:
+                state[f"{name}.bias"] = module.layer.bias.detach()
+    inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, WithWeight))
+    rest = {
+        n: v.detach() for n, v in model.state_dict().items() if not n.startswith(inside or ("\0",))
+    }
+    return rest | state
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of a coded network.
+
+    Attributes:
+        codes: packed.
+        codebooks: float16.
+        bases: float16.
+        rest: what is not coded, float32: first layer, normalisation, biases.
+        dense: all of the network in float32.
+    """
+
+    codes: int
+    codebooks: int
+    bases: int
+    rest: int
+    dense: int
+
+
+def to_arrays(model: nn.Module, layers: Sequence[CodedLayer], about: Mapping[str, Any]) -> Arrays:
+    """A network from :func:`to_codes` as arrays: all that there is to it.
+
+    Codes are packed, low bits first; codebooks and bases are float16; the rest is as it is, and
+    counters of batches are left out.
+
+    Args:
+        model: the network.
+        layers: how its weights are coded.
+        about: plain JSON types that say how to build the network.
+    """
+    arrays: Arrays = {}
+    for layer in layers:
+        module = cast("CodedWeight", cast("WithWeight", model.get_submodule(layer.name)).weight)
+        codes = module.codes.cpu().numpy()
+        arrays[f"{layer.name}:codes"] = pack(codes, layer.code_bits)
+        for name, value in (("codebook", module.codebook), ("basis", module.basis)):
+            if value is not None:
+                half = value.detach().cpu().to(torch.float16).numpy()
+                arrays[f"{layer.name}:{name}"] = half
+    weights = {f"{layer.name}.weight" for layer in layers}
+    for name, value in dense_state(model).items():
+        if name not in weights and not name.endswith("num_batches_tracked"):
+            arrays[name] = value.cpu().numpy()
+    told = {"version": VERSION, "layers": [asdict(layer) for layer in layers], **about}
+    arrays[PLAN] = np.frombuffer(dumps(told), np.uint8)
+    return arrays
+
+
+def from_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, Any], Arrays]:
+    """What a coded network says of itself, and its state dict with whole weights, float32.
+
+    Raises:
+        RunError: the arrays are none of a coded network.
+    """
+    about = plan_of(arrays)
+    state = {n: v for n, v in arrays.items() if n != PLAN and ":" not in n}
+    for layer in about["layers"]:
+        table, codes = layer_table(arrays, layer)
+        state[f"{layer.name}.weight"] = table[codes].reshape(layer.shape)
+    return about, state
+
+
+def plan_of(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """What a coded network says of itself; ``layers`` is how its weights are coded.
+
+    Raises:
+        RunError: the arrays are none of a coded network.
+    """
+    try:
+        about: dict[str, Any] = json.loads(arrays[PLAN].tobytes())
+        if about["version"] != VERSION:
+            raise ValueError(f"version {about['version']}")
+        layers = [
+            CodedLayer(**{**layer, "shape": tuple(layer["shape"])}) for layer in about["layers"]
+        ]
+    except (KeyError, ValueError, TypeError) as error:
+        raise RunError(
+            f"This is no coded network: {error}.",
+            hint="Give the output of 'pipeline run compress-model'.",
+            code="no-coded-model",
+        ) from error
+    return {**about, "layers": layers}
+
+
+def layer_table(
+    arrays: Mapping[str, npt.NDArray[Any]], layer: CodedLayer
+) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """All sub-vectors that a layer has, float32 (k, m), and which of them each one is (n,)."""
+    codebook = arrays[f"{layer.name}:codebook"].astype(np.float32)
+    basis = arrays.get(f"{layer.name}:basis")
+    table = codebook if basis is None else codebook @ basis.astype(np.float32).T
+    return table, unpack(arrays[f"{layer.name}:codes"], layer.code_bits, layer.vectors)
+
+
+def size_of(arrays: Mapping[str, npt.NDArray[Any]]) -> Size:
+    """What a coded network takes, without names and the plan."""
+    parts = dict.fromkeys(("codes", "codebook", "basis"), 0)
+    rest = 0
+    for name, value in arrays.items():
+        _, colon, kind = name.rpartition(":")
+        if colon:
+            parts[kind] += value.nbytes
+        elif name != PLAN:
+            rest += value.nbytes
+    layers = plan_of(arrays)["layers"]
+    dense = rest + sum(4 * layer.vectors * layer.m for layer in layers)
+    return Size(parts["codes"], parts["codebook"], parts["basis"], rest, dense)
+
+
+def pack(codes: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
+    """Codes of so many bits one after the other, low bits first."""
+    places = np.arange(bits)
+    return np.packbits((codes[:, None] >> places & 1).astype(np.uint8), bitorder="little")
+
+
+def unpack(data: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.int64]:
+    """The codes that :func:`pack` was given."""
+    found = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
+    values: npt.NDArray[np.int64] = (found.astype(np.int64) << np.arange(bits)).sum(1)
+    return values
