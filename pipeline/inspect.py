@@ -50,7 +50,7 @@ WORDS: dict[type[Source], str] = {
 BATCHES = {"idx": "IDX files", "pickled": "CIFAR batches of Python"}
 SPLITS = ("train", "test", "images")
 """The products of a run that are looked into, in this order."""
-FACTS = ("kind", "dataset", "seed", "config")
+FACTS = ("kind", "dataset", "seed", "config", "layers")
 NAMES = 10  # class names that are shown
 FAILURES = 3  # shards that may be unreadable before the search for a few samples ends
 UNREADABLE = (PipelineError, OSError, ValueError, pa.ArrowException)

@@ -33,6 +33,8 @@ def _output_lines(output: Mapping[str, Any]) -> list[str]:
     header = ["step", "product", "shards", "size", "in", "out", "filtered", "quarantined"]
     rows = [_step_cells(step, roles) for step in output["steps"]]
     lines += ["", "steps", *(grid([header, *rows]))]
+    if layers := output.get("layers"):
+        lines += ["", "coded layers", *_layer_lines(layers)]
     if earlier := output.get("snapshots"):
         lines += ["", "earlier snapshots", *(f"  {place}" for place in earlier)]
     for step in output["steps"]:
@@ -40,6 +42,23 @@ def _output_lines(output: Mapping[str, Any]) -> list[str]:
             metrics = [[name, _number(value)] for name, value in flat(step["metrics"]).items()]
             lines += ["", f"metrics of {step['step']}", *grid(metrics)]
     return lines
+
+
+def _layer_lines(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Bytes and errors of the layers of a compressed network."""
+    header = ["layer", "weight", "m", "k", "d", "size", "times less", "low rank", "clustering"]
+    rows = [
+        [
+            layer["name"],
+            " x ".join(map(str, layer["shape"])),
+            *(str(layer[name]) for name in ("m", "k", "d")),
+            human(round(layer["bytes"])),
+            f"{layer['ratio']:.1f}",
+            *(f"{100 * layer[name]:.1f}%" for name in ("low_rank", "clustering")),
+        ]
+        for layer in layers
+    ]
+    return grid([header, *rows])
 
 
 def _step_cells(step: Mapping[str, Any], roles: Mapping[str, str]) -> list[str]:

@@ -91,6 +91,23 @@ def status_text(found: Status) -> str:
     return "\n".join(map(printable, lines))
 
 
+def _code_lines(summary: dict[str, Any]) -> list[str]:
+    """What a network's codes, or those of a codebook, came to."""
+    lines = []
+    if size := summary.get("bytes"):
+        before, after = (summary["accuracy"][name] for name in ("teacher", "compressed"))
+        lines.append(
+            f"{size['file']:,} bytes, {size['ratio']:.1f} times less; accuracy {after:.2f}%, "
+            f"before {before:.2f}%"
+        )
+    if codes := summary.get("codes"):
+        lines.append(
+            f"{codes['size']:,} codes of {codes['features']:,} features, "
+            f"{100 * codes['used']:.2f}% in use, perplexity {codes['perplexity']:,.0f}"
+        )
+    return lines
+
+
 def summary_text(summary: dict[str, Any]) -> str:
     """What a recipe gave, for a terminal."""
     lines = []
@@ -122,6 +139,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         lines += [f"{'':<12} left out: {', '.join(left_out)}"] if left_out else []
         lines.append(f"{'':<12} {summary['why']}")
         lines += [f"{role + ':':<12} {path}" for role, path in summary["products"].items()]
+    lines += _code_lines(summary)
     if psnr := summary.get("psnr"):
         lines += grid([("tokens", "PSNR, dB"), *((k, f"{v:.2f}") for k, v in psnr.items())])
     for name, split in summary.get("splits", {}).items():
@@ -134,6 +152,6 @@ def summary_text(summary: dict[str, Any]) -> str:
         spent = {step: s / 3600 for step, s in summary["seconds"].items() if s >= 36}
         told = ", ".join(f"{step} {hours:.2f}" for step, hours in spent.items())
         lines.append(f"hours of workers: {sum(spent.values()):.2f} ({told})")
-    names = ("images", "labels", "report")
+    names = ("images", "labels", "codebook", "model", "report")
     lines += [f"{name + ':':<8} {summary[name]}" for name in names if name in summary]
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from torch import nn
 
 import pipeline
 from pipeline import backbones
+from pipeline.cli import main
 from pipeline.codecs import coded_model
 from pipeline.codecs.coded_model import (
     CodedWeight,
@@ -335,6 +336,16 @@ def test_a_report_tells_of_every_layer(compressed: Path) -> None:
         assert f"<h2>{heading}</h2>" in text
     for layer in ("features.4", "features.8", "features.0"):
         assert layer in text
+
+
+def test_inspect_shows_every_layer(compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(compressed)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    told = json.loads((compressed / "manifest.json").read_text())["layers"]
+    for layer in told:
+        (row,) = [line for line in lines if line[:1] == [layer["name"]]]
+        assert f"{layer['ratio']:.1f}" in row
+        assert f"{100 * layer['clustering']:.1f}%" in row
 
 
 @pytest.mark.parametrize(
