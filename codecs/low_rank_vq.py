@@ -293,11 +293,13 @@ def estimate(curve: Curve, tolerance: float) -> int:
 def choose_widths(
     layers: Sequence[CodedLayer], curves: Sequence[Curve], config: CodeConfig
 ) -> list[CodedLayer]:
-    """The layers with the numbers of a code that are asked for, or estimated."""
-    return [
-        replace(
-            layer,
-            d=estimate(curve, config.tolerance) if config.d == "auto" else min(config.d, layer.m),
-        )
-        for layer, curve in zip(layers, curves, strict=True)
-    ]
+    """The layers with the numbers of a code that are asked for, or estimated.
+
+    An estimate with which a basis would cost more than narrow codes save is d = m.
+    """
+    found = []
+    for layer, curve in zip(layers, curves, strict=True):
+        d = estimate(curve, config.tolerance) if config.d == "auto" else min(config.d, layer.m)
+        narrow, whole = replace(layer, d=d), replace(layer, d=layer.m)
+        found.append(whole if config.d == "auto" and narrow.ratio < whole.ratio else narrow)
+    return found

@@ -35,7 +35,9 @@ from pipeline.codecs.coded_model import (
 from pipeline.codecs.low_rank_vq import (
     CodeConfig,
     CodedLayer,
+    Curve,
     Directions,
+    choose_widths,
     cluster,
     error_curves,
     estimate,
@@ -134,6 +136,19 @@ def test_the_estimate_is_low_where_the_spectrum_falls_and_high_where_it_does_not
     for d, wanted in sums.items():
         assert abs(curve.low_rank[d - 1] + curve.clustering[d - 1] - wanted) < 0.02
     assert least <= estimate(curve, 0.05) <= most
+
+
+def test_an_estimate_never_costs_more_than_the_whole_width() -> None:
+    layer = CodedLayer("x", (16, 16, 3, 3), 8, 32, 8)
+    flat = Curve(tuple(1 - d / 8 for d in range(1, 9)), (0.0,) * 7 + (1.0,))
+    (wide,) = choose_widths([layer], [flat], build(CodeConfig, {"tolerance": 0.0}))
+    assert wide.d == 1  # any sum is below that of d = m
+    nearly = Curve((1.0,) * 6 + (0.0, 0.0), (0.0,) * 8)
+    (seven,) = choose_widths([layer], [nearly], build(CodeConfig, {}))
+    assert seven.d == 8  # 7 numbers and a basis are more bits than 8
+    (asked,) = choose_widths([layer], [nearly], build(CodeConfig, {"d": 7}))
+    assert asked.d == 7
+    assert asked.ratio < seven.ratio
 
 
 class Odd(nn.Module):
