@@ -7,7 +7,7 @@ all; tokens are counted packed, where lengths differ with a byte that says how m
 are counted on neither side. PSNR is of the mean squared error over all images, SSIM of gray levels
 with a Gaussian window of 11 pixels, accuracy that of a classifier on what was decoded.
 
-``quantizers``: the same network with ours and with those of vector-quantize-pytorch.
+``quantizers``: the same small network with ours and with those of vector-quantize-pytorch.
 
 ``throughput``: tokenizing a data set by the recipe against the bare network on the same images in
 memory, and the predicted choice of lengths against one length for all.
@@ -71,6 +71,7 @@ GRAY = {"mean": (0.305,), "std": (0.376,)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 SIDE = {"width": 128, "depth": 3}
 SMALL = {"width": 64, "depth": 2}
+SMALL_SIDES = {"encoder": SMALL, "decoder": SMALL}
 DATASETS: dict[str, dict[str, Any]] = {
     "cifar10": {
         "tokenizer": {"size": 32, "patch": 8, "tokens": 32, "encoder": SIDE, "decoder": SIDE},
@@ -81,8 +82,8 @@ DATASETS: dict[str, dict[str, Any]] = {
         "training": {"train": {"epochs": 100, "batch_size": 32, "lr": 1e-3}},
     },
     "digits": {
-        "tokenizer": {"size": 8, "patch": 2, "tokens": 16, "encoder": SMALL, "decoder": SMALL}
-        | {"channels": 1, "quantizer": {"bits": 6}},
+        "tokenizer": {"size": 8, "patch": 2, "tokens": 16, "channels": 1, "quantizer": {"bits": 6}}
+        | SMALL_SIDES,
         "training": {"train": {"epochs": 12, "batch_size": 64, "lr": 2e-3}, "flip": False},
     },
 }
@@ -312,9 +313,9 @@ def quantizers(options: argparse.Namespace) -> None:
 
     from pipeline.tokenizers.tokens import form_of_vocabulary
 
-    settings = DATASETS[options.datasets[0]]
-    tokens, width = (settings["tokenizer"][n] for n in ("tokens", "encoder"))
-    shape = ours.Shape(tokens, width["width"], width["width"])
+    settings = merge(DATASETS[options.datasets[0]], {"tokenizer": SMALL_SIDES})
+    tokens, width = settings["tokenizer"]["tokens"], SMALL["width"]
+    shape = ours.Shape(tokens, width, width)
     form = form_of_vocabulary(4096, tokens)
     levels = [8, 8, 8, 8]
     cases: list[tuple[str, dict[str, Any], Callable[[], ours.Quantizer] | None]] = [
