@@ -241,3 +241,12 @@ def test_codes_are_made_once_for_all_that_is_evaluated_and_anew_after_training()
         made.project.weight.mul_(-1)
         made.eval()
         assert torch.equal(made.codes(), -first)
+
+
+def test_the_losses_of_a_codebook_are_means_over_all_numbers() -> None:
+    made = codebook(width=4, commitment_weight=0.3, codebook_weight=0.5)
+    hidden = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(1))
+    found = made(hidden)
+    inner = F.normalize(made.numbers(hidden), dim=-1)
+    far = (made.codes()[found.values] - inner).square().sum() / inner.numel()
+    torch.testing.assert_close(found.losses["codebook"], 0.8 * far)

@@ -78,8 +78,8 @@ class VQConfig(Config):
     standardize: bool = Field(
         True, description="vectors have mean 0 and variance 1 over images before they are compared"
     )
-    commitment_weight: float = Field(0.25, ge=0, description="draws vectors to their codes")
-    codebook_weight: float = Field(1.0, ge=0, description="draws codes to their vectors")
+    commitment_weight: float = Field(0.1, ge=0, description="draws vectors to their codes")
+    codebook_weight: float = Field(0.4, ge=0, description="draws codes to their vectors")
     decay: float = Field(0.99, gt=0, lt=1, description="of the moving average (ema)")
 
 
@@ -247,6 +247,7 @@ class TokenizerTrainConfig(Config):
     )
 
 
+_VQGAN = {"commitment_weight": 0.25, "codebook_weight": 1.0}
 _FROZEN = {"kind": "vq", "codes": "projected", "metric": "euclidean"}
 _BASE = {"width": 768, "depth": 12, "heads": 12}
 PRESETS: Mapping[str, dict[str, Any]] = {
@@ -270,7 +271,7 @@ PRESETS: Mapping[str, dict[str, Any]] = {
         "tokens": 256,
         "encoder": _BASE,
         "decoder": _BASE,
-        "quantizer": {"kind": "vq", "vocabulary": 4096, "width": 12},
+        "quantizer": {"kind": "vq", "vocabulary": 4096, "width": 12} | _VQGAN,
         "tail_drop": {"lengths": "uniform"},
     },
     "detailflow-128": {
@@ -279,15 +280,12 @@ PRESETS: Mapping[str, dict[str, Any]] = {
         "tokens": 128,
         "encoder": {"width": 1152, "depth": 12, "heads": 16},
         "decoder": _BASE,
-        "quantizer": {"kind": "vq", "vocabulary": 8192, "width": 8},
+        "quantizer": {"kind": "vq", "vocabulary": 8192, "width": 8} | _VQGAN,
         "tail_drop": {"lengths": "uniform", "share": 0.2, "resolution_alpha": 1.5},
     },
     "tiny-grid": {
         "kind": "grid",
-        # On the sphere, and with weights beside which the picture counts: codes stay in use.
-        "quantizer": _FROZEN
-        | {"metric": "cosine", "vocabulary": 4096, "width": 8}
-        | {"commitment_weight": 0.01, "codebook_weight": 0.05},
+        "quantizer": _FROZEN | {"metric": "cosine", "vocabulary": 4096, "width": 8},
     },
     "vqgan-lc-f16": {
         "kind": "grid",

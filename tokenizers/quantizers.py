@@ -320,13 +320,9 @@ class VQ(Quantizer):
         chosen = F.embedding(ids, codes)
         losses = {}
         if self.training:
-            # On the sphere a squared distance has the same size whatever the width.
-            scale = 1.0 if config.metric == "cosine" else float(config.width)
-            commitment = (chosen.detach() - inner).square().sum(-1).mean() / scale
-            total = config.commitment_weight * commitment
+            total = config.commitment_weight * F.mse_loss(inner, chosen.detach())
             if config.codes != "ema":
-                far = (chosen - inner.detach()).square().sum(-1).mean() / scale
-                total = total + config.codebook_weight * far
+                total = total + config.codebook_weight * F.mse_loss(chosen, inner.detach())
             losses["codebook"] = total
         through = inner + (chosen - inner).detach()
         if self.training and config.codes == "ema":
