@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Protocol
 
+import numpy as np
 from safetensors.numpy import load
 
 from pipeline.digest import dumps
@@ -25,6 +27,8 @@ from pipeline.storage.store import Store
 log = logging.getLogger(__name__)
 
 STATE = "state"
+_SEED = ".seed"
+"""The only array of the state before a single round."""
 
 
 class RoundsTask(Protocol):
@@ -49,6 +53,46 @@ class RoundsTask(Protocol):
 
     def result(self, state: Arrays) -> tuple[Arrays, dict[str, Any]]:
         """What is published, and metrics of plain JSON types."""
+
+
+class OneRound(ABC):
+    """A task that is done by one worker in one go: shards that it is offered are not read.
+
+    It goes with ``parts=1``. What it needs is in its fields.
+    """
+
+    @abstractmethod
+    def compute(self, seed: int, threads: int) -> Arrays:
+        """What is published.
+
+        Args:
+            seed: below 2^32.
+            threads: CPU threads.
+        """
+
+    @abstractmethod
+    def metrics(self, arrays: Arrays) -> dict[str, Any]:
+        """What is told of the arrays, as plain JSON types."""
+
+    def begin(self, seed: int) -> Arrays:
+        """The state before the round."""
+        return {_SEED: np.array([seed % 2**32])}
+
+    def part(self, state: Arrays, shards: Iterable[tuple[Any, ...]], threads: int) -> Arrays:
+        """All of it."""
+        return self.compute(int(state[_SEED][0]), threads)
+
+    def join(self, state: Arrays, parts: Iterator[Arrays], threads: int) -> Arrays:
+        """The only part."""
+        return dict(next(parts))
+
+    def done(self, state: Arrays) -> bool:
+        """Whether the round is over."""
+        return _SEED not in state
+
+    def result(self, state: Arrays) -> tuple[Arrays, dict[str, Any]]:
+        """The arrays, and what is told of them."""
+        return state, self.metrics(state)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from pipeline.config import Config
 from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
 from pipeline.datasets import Dataset
 from pipeline.errors import RunError, UsageError
+from pipeline.orchestration.rounds import OneRound
 from pipeline.orchestration.run import Run
 from pipeline.recipes import Recipe
 from pipeline.recipes.codebook_report import report
@@ -72,8 +73,8 @@ def defaults(data: Dataset, _: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class BuildCodebook:
-    """Cluster features in one round, on one machine: shards are read when their turn comes.
+class BuildCodebook(OneRound):
+    """Cluster features into ``centroids``, float32 (K, D): shards are read when their turn comes.
 
     Args:
         features: with the column ``features`` (n, P, D).
@@ -89,33 +90,19 @@ class BuildCodebook:
 
     version: ClassVar[int] = 1
 
-    def begin(self, seed: int) -> Arrays:
-        """The state before the round."""
-        return {"seed": np.array([seed % 2**32])}
-
-    def done(self, state: Arrays) -> bool:
-        """Whether the round is over."""
-        return "centroids" in state
-
-    def part(self, state: Arrays, shards: Iterable[tuple[str, Any]], threads: int) -> Arrays:
-        """All of it: the shards that are offered are left where they are."""
+    def compute(self, seed: int, threads: int) -> Arrays:
         found = HierarchicalKMeans(
             self.size,
             memory=self.memory,
             refine=self.refine,
             compute_labels=False,
-            random_state=int(state["seed"][0]),
+            random_state=seed,
             n_jobs=threads,
         ).fit(FeatureArrays(self.features, "features"))
-        return {"centroids": found.cluster_centers_, "inertia": np.array([found.inertia_])}
+        return {"centroids": found.cluster_centers_}
 
-    def join(self, state: Arrays, parts: Iterator[Arrays], threads: int) -> Arrays:
-        """The only part."""
-        return dict(next(parts))
-
-    def result(self, state: Arrays) -> tuple[Arrays, dict[str, Any]]:
-        """``centroids`` float32 (K, D)."""
-        return {"centroids": state["centroids"]}, {"inertia": float(state["inertia"][0])}
+    def metrics(self, arrays: Arrays) -> dict[str, Any]:
+        return {"codes": len(arrays["centroids"])}
 
 
 def codebook(run: Run, data: Dataset, config: CodebookConfig) -> dict[str, Any]:

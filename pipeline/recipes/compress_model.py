@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import Any, ClassVar, Literal
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 
-from pipeline.codecs.coded_model import PLAN, from_arrays, size_of, to_arrays
+from pipeline.codecs.coded_model import from_arrays, size_of, to_arrays
 from pipeline.codecs.low_rank_vq import (
     CodeConfig,
     CodedLayer,
@@ -26,6 +26,7 @@ from pipeline.dataset_distill.compress import Compress
 from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
 from pipeline.datasets import Dataset
 from pipeline.errors import UsageError
+from pipeline.orchestration.rounds import OneRound
 from pipeline.orchestration.run import Run
 from pipeline.recipes import Recipe
 from pipeline.recipes.compress_report import report
@@ -87,8 +88,8 @@ def defaults(data: Dataset, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class EstimateWidths:
-    """Measure the errors of every layer's codes by their width, in one round.
+class EstimateWidths(OneRound):
+    """Errors of every layer's codes by their width, float64 (layers, m), NaN behind its own m.
 
     Args:
         teacher: the network.
@@ -100,20 +101,10 @@ class EstimateWidths:
 
     version: ClassVar[int] = 1
 
-    def begin(self, seed: int) -> Arrays:
-        """The state before the round."""
-        return {"seed": np.array([seed % 2**32])}
-
-    def done(self, state: Arrays) -> bool:
-        """Whether the round is over."""
-        return "low_rank" in state
-
-    def part(self, state: Arrays, shards: Iterable[Any], threads: int) -> Arrays:
-        """All of it: the shards that are offered are left where they are."""
-        model = read_model(self.teacher, torch.device("cpu"))
-        state_dict = model.state_dict()
-        weights = {one.name: state_dict[f"{one.name}.weight"].numpy() for one in self.layers}
-        curves = error_curves(weights, self.layers, int(state["seed"][0]), threads)
+    def compute(self, seed: int, threads: int) -> Arrays:
+        state = read_model(self.teacher, torch.device("cpu")).state_dict()
+        weights = {one.name: state[f"{one.name}.weight"].numpy() for one in self.layers}
+        curves = error_curves(weights, self.layers, seed, threads)
         shape = (len(self.layers), max(layer.m for layer in self.layers))
         found = {name: np.full(shape, np.nan) for name in ("low_rank", "clustering")}
         for row, curve in enumerate(curves):
@@ -122,18 +113,13 @@ class EstimateWidths:
                 values[row, : len(errors)] = errors
         return found
 
-    def join(self, state: Arrays, parts: Iterator[Arrays], threads: int) -> Arrays:
-        """The only part."""
-        return dict(next(parts))
-
-    def result(self, state: Arrays) -> tuple[Arrays, dict[str, Any]]:
-        """``low_rank`` and ``clustering``, float64 (layers, m), NaN behind a layer's own m."""
-        return state, {"layers": len(state["low_rank"])}
+    def metrics(self, arrays: Arrays) -> dict[str, Any]:
+        return {"layers": len(arrays["low_rank"])}
 
 
 @dataclass(frozen=True)
-class WriteCodes:
-    """Put a trained network into arrays, in one round.
+class WriteCodes(OneRound):
+    """A trained network as arrays, and bytes of each kind.
 
     Args:
         teacher: the network before.
@@ -147,26 +133,12 @@ class WriteCodes:
 
     version: ClassVar[int] = 1
 
-    def begin(self, seed: int) -> Arrays:
-        """The state before the round."""
-        return {"begun": np.array([1])}
-
-    def done(self, state: Arrays) -> bool:
-        """Whether the round is over."""
-        return PLAN in state
-
-    def part(self, state: Arrays, shards: Iterable[Any], threads: int) -> Arrays:
-        """All of it: the shards that are offered are left where they are."""
+    def compute(self, seed: int, threads: int) -> Arrays:
         model = self.task.restored(self.coded)
         return to_arrays(model, self.task.layers, {"model": asdict(read_spec(self.teacher))})
 
-    def join(self, state: Arrays, parts: Iterator[Arrays], threads: int) -> Arrays:
-        """The only part."""
-        return dict(next(parts))
-
-    def result(self, state: Arrays) -> tuple[Arrays, dict[str, Any]]:
-        """The arrays, and bytes of each kind."""
-        return state, asdict(size_of(state))
+    def metrics(self, arrays: Arrays) -> dict[str, Any]:
+        return asdict(size_of(arrays))
 
 
 @dataclass(frozen=True)
