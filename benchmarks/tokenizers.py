@@ -79,7 +79,7 @@ DATASETS: dict[str, dict[str, Any]] = {
     },
     "imagenette": {
         "tokenizer": {"size": 64, "patch": 8, "tokens": 64, "encoder": SIDE, "decoder": SIDE},
-        "training": {"train": {"epochs": 100, "batch_size": 32, "lr": 1e-3}},
+        "training": {"train": {"epochs": 60, "batch_size": 32, "lr": 1e-3}},
     },
     "digits": {
         "tokenizer": {"size": 8, "patch": 2, "tokens": 16, "channels": 1, "quantizer": {"bits": 6}}
