@@ -29,7 +29,7 @@ def read_arrays(artifact: Artifact) -> Arrays:
     Raises:
         RunError: they are missing or damaged.
     """
-    return _read(artifact.store, artifact.identity)
+    return _read(artifact.store, artifact.files[FILE].sha256)
 
 
 @dataclass(frozen=True)
@@ -54,5 +54,5 @@ class FittedArrays:
 
 
 @lru_cache(maxsize=2)
-def _read(store: Store, _identity: str) -> Arrays:
+def _read(store: Store, _sha256: str) -> Arrays:
     return dict(load(Artifact.open(store).read(FILE)))

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 import pipeline
+import pipeline.api
 from pipeline import backbones
 from pipeline.cli import main
 from pipeline.codecs import coded_model
@@ -351,6 +352,11 @@ def test_a_report_tells_of_every_layer(compressed: Path) -> None:
         assert f"<h2>{heading}</h2>" in text
     for layer in ("features.4", "features.8", "features.0"):
         assert layer in text
+
+
+def test_a_plan_ends_where_widths_are_estimated(tmp_path: Path) -> None:
+    found = pipeline.api.plan("compress-model", "digits", out=tmp_path, config=CONFIG)
+    assert (found["until"], found["todo"]) == ("widths", True)
 
 
 def test_inspect_shows_every_layer(compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
