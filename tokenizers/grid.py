@@ -111,7 +111,7 @@ class GridDecoder(nn.Module):
         return cast("Tensor", self.layers(maps))
 
 
-class GridTokenizer(QuantizedTokenizer):
+class GridTokenizer(QuantizedTokenizer[GridConfig]):
     """A convolutional network, a token for each place of its coarsest map, and another network.
 
     Sources: Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021 (VQGAN);
@@ -124,7 +124,7 @@ class GridTokenizer(QuantizedTokenizer):
 
     def __init__(self, config: GridConfig) -> None:
         shape = Shape(1, config.latent, config.latent)
-        super().__init__(config, GridEncoder(config), GridDecoder(config), shape)
+        super().__init__(config, GridEncoder, GridDecoder, shape)
         self.multiple = config.size
 
     @classmethod

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +26,7 @@ from pipeline.tokenizers.network import Decoder, Encoder
 from pipeline.tokenizers.quantizers import Quantized, Shape, build_quantizer
 from pipeline.tokenizers.tokens import TokenForm, Tokens, first
 
+C = TypeVar("C", LatentConfig, GridConfig)
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -207,27 +208,29 @@ def load_tokenizer(config: bytes, weights: bytes, where: str) -> Tokenizer:
     return tokenizer.eval().requires_grad_(requires_grad=False)
 
 
-class QuantizedTokenizer(Tokenizer):
+class QuantizedTokenizer(Tokenizer, Generic[C]):
     """An encoder, a quantizer and a decoder that are trained together.
 
     Args:
         config: what they are built from.
-        encoder: images (n, C, H, W) in [-1, 1] to vectors (n, N, D) and a summary of the picture.
-        decoder: vectors, bool (n, N) which of them count, and a size (H, W) to images.
+        encoder: makes a network of images (n, C, H, W) in [-1, 1] to vectors (n, N, D) and a
+            summary of the picture.
+        decoder: makes one of vectors, bool (n, N) which of them count, and a size (H, W) to images.
         shape: of the vectors.
     """
 
     def __init__(
         self,
-        config: LatentConfig | GridConfig,
-        encoder: nn.Module,
-        decoder: nn.Module,
+        config: C,
+        encoder: Callable[[C], nn.Module],
+        decoder: Callable[[C], nn.Module],
         shape: Shape,
     ) -> None:
         super().__init__()
-        self.config, self.encoder = config, encoder
+        self.config: C = config
+        self.encoder = encoder(config)
         self.quantizer = build_quantizer(config.quantizer, shape)
-        self.decoder = decoder
+        self.decoder = decoder(config)
         self.form = self.quantizer.form(config.tokens)
         self.channels, self.size = config.channels, config.size
 
@@ -268,13 +271,13 @@ class QuantizedTokenizer(Tokenizer):
         return levels[..., None] * widen.weight.T + widen.bias / form.bits
 
 
-def build_tokenizer(config: LatentConfig | GridConfig) -> QuantizedTokenizer:
+def build_tokenizer(config: LatentConfig | GridConfig) -> QuantizedTokenizer[Any]:
     """A tokenizer that is not yet trained."""
     kind = TOKENIZERS.get(config.kind)
-    return cast("QuantizedTokenizer", kind.build(config.model_dump(mode="json")))
+    return cast("QuantizedTokenizer[Any]", kind.build(config.model_dump(mode="json")))
 
 
-class LatentTokenizer(QuantizedTokenizer):
+class LatentTokenizer(QuantizedTokenizer[LatentConfig]):
     """Latent tokens that a transformer reads off an image, and another makes an image of.
 
     Sources: Yu et al., "An Image is Worth 32 Tokens", 2024 (TiTok); Miwa et al., "One-D-Piece",
@@ -286,7 +289,7 @@ class LatentTokenizer(QuantizedTokenizer):
 
     def __init__(self, config: LatentConfig) -> None:
         shape = Shape(config.tokens, config.encoder.width, config.decoder.width)
-        super().__init__(config, Encoder(config), Decoder(config), shape)
+        super().__init__(config, Encoder, Decoder, shape)
         self.multiple = config.multiple
 
     @classmethod

@@ -119,7 +119,7 @@ def pictures(table: pa.Table) -> Tensor:
 class TokenizerTraining:
     """Images seen through their first tokens are to be the images."""
 
-    model: QuantizedTokenizer
+    model: QuantizedTokenizer[Any]
     task: TrainTokenizer
     images: Mapping[str, Tensor]
     seed: int
