@@ -38,10 +38,11 @@ from torch import Tensor, nn
 import pipeline
 from pipeline import backbones
 from pipeline.config import merge
-from pipeline.dataset_distill.config import ImageConfig, RecoverConfig
+from pipeline.dataset_distill.config import RecoverConfig
 from pipeline.dataset_distill.recover import recover
 from pipeline.dataset_distill.views import ATTEMPTS, crops
 from pipeline.device import default_device, reproducible
+from pipeline.labelled_images import ImageConfig
 from pipeline.storage.weights import read_weights
 
 DATASETS = ("digits", "fashion-mnist", "cifar10")

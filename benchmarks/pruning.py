@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.backbones import ConvNet
-from pipeline.dataset_distill.squeeze import shifted
+from pipeline.labelled_images import shifted
 from pipeline.pruning.budget import Budget, select
 from pipeline.pruning.dynamic_random import DynamicRandom
 from pipeline.pruning.infobatch import InfoBatch

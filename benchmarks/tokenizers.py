@@ -42,10 +42,11 @@ from torch import Tensor, nn
 import pipeline
 from pipeline import backbones
 from pipeline.config import build, merge
-from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.dataset_distill.config import SqueezeConfig
 from pipeline.dataset_distill.squeeze import Squeeze
 from pipeline.datasets import find_dataset
 from pipeline.device import default_device, in_batches, reproducible
+from pipeline.labelled_images import ImageConfig
 from pipeline.orchestration.checkpoint import Checkpoint
 from pipeline.orchestration.training import train
 from pipeline.recipes.tokenize import CPU, open_tokenizer

@@ -1,4 +1,4 @@
-"""Samples of symbols as bytes that say what they are; ``docs/bitstream.md`` is the specification."""
+"""Samples as bytes that say what they are; ``docs/bitstream.md`` is the specification."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import google_crc32c
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.codecs.entropy import EntropyModel
-from pipeline.codecs.rans import Corrupt
+from pipeline.codecs.rans import CorruptError
 from pipeline.errors import RunError
 
 MAGIC = b"VPBS"
@@ -25,6 +26,8 @@ RAW = b"\0"
 MOST_SYMBOLS = 2**28
 """Of what is decoded at once, unless more is asked for: 1 GiB."""
 MOST_DIMENSIONS = 8
+MOST_HEADER = 2**26
+"""Bytes."""
 GROUP_BYTES = 2048
 """Of a group that is large enough: what it takes for itself is less than a two-hundredth."""
 _FIXED = struct.Struct("<4sBBBBI8s")
@@ -60,9 +63,7 @@ class Header:
     starts: tuple[int, ...]
 
 
-def compress(
-    symbols: npt.NDArray[Any], model: EntropyModel, *, group: int | None = None
-) -> bytes:
+def compress(symbols: npt.NDArray[Any], model: EntropyModel, *, group: int | None = None) -> bytes:
     """A bitstream of samples.
 
     Args:
@@ -89,7 +90,7 @@ def compress(
     digest = bytes.fromhex(model.digest)[:8]
     fixed = _FIXED.pack(MAGIC, VERSION, model.codec, code, symbols.ndim - 1, size, digest)
     head = fixed + varied
-    return head + google_crc32c.value(head).to_bytes(4, "little") + b"".join(groups)
+    return head + _checksum(head) + b"".join(groups)
 
 
 def encode_group(symbols: npt.NDArray[Any], model: EntropyModel) -> bytes:
@@ -99,7 +100,7 @@ def encode_group(symbols: npt.NDArray[Any], model: EntropyModel) -> bytes:
     raw = np.ascontiguousarray(flat, flat.dtype.newbyteorder("<")).tobytes()
     coded = model.encode(values)
     if len(coded) > len(raw) + 5:
-        return RAW + raw + google_crc32c.value(raw).to_bytes(4, "little")
+        return RAW + raw + _checksum(raw)
     return coded
 
 
@@ -113,21 +114,21 @@ def decode_group(
     """
     try:
         if not data:
-            raise Corrupt
+            raise CorruptError
         if data[:1] == RAW:
             kind = np.dtype(dtype).newbyteorder("<")
-            raw, own = data[1:-4], int.from_bytes(data[-4:], "little")
+            raw = data[1:-4]
             if len(raw) != count * math.prod(model.shape) * kind.itemsize:
-                raise Corrupt
-            if google_crc32c.value(raw) != own:
-                raise Corrupt
+                raise CorruptError
+            if _checksum(raw) != data[-4:]:
+                raise CorruptError
             found = np.frombuffer(raw, kind)
         else:
             found = model.decode(data, count)
             info = np.iinfo(dtype)
             if found.size and not info.min <= int(found.min()) <= int(found.max()) <= info.max:
-                raise Corrupt
-    except Corrupt:
+                raise CorruptError
+    except CorruptError:
         raise BitstreamError(
             "A group of samples of a bitstream is damaged.",
             hint="Fetch the file again; other groups can still be read.",
@@ -197,9 +198,7 @@ class Bitstream:
         return decode_group(data, count, self.model, self.header.dtype, where=where)
 
 
-def decompress(
-    data: bytes, model: EntropyModel, *, most: int = MOST_SYMBOLS
-) -> npt.NDArray[Any]:
+def decompress(data: bytes, model: EntropyModel, *, most: int = MOST_SYMBOLS) -> npt.NDArray[Any]:
     """Samples (N, *shape) of a bitstream.
 
     Raises:
@@ -223,18 +222,11 @@ def read_header(data: bytes | Read, *, most: int = MOST_SYMBOLS) -> Header:
     _, version, codec, code, dimensions, size, digest = _FIXED.unpack(fixed)
     if version != VERSION:
         raise _error("version", f"It is of version {version}, and {VERSION} is read here.")
-    if not _FIXED.size + 6 <= size <= 2**26:
-        raise _error("header", f"Its header cannot have {size} bytes.")
-    head = read(0, size)
-    if len(head) < size:
-        raise _error("length", "It ends within its header.")
-    if google_crc32c.value(head[:-4]) != int.from_bytes(head[-4:], "little"):
-        raise _error("header", "The header's checksum is not that of its bytes.")
+    numbers = _numbers(read, size)
     if code not in TYPES:
         raise _error("dtype", f"There is no type of symbols with the number {code}.")
     if dimensions > MOST_DIMENSIONS:
         raise _error("shape", f"A sample has {dimensions} dimensions, {MOST_DIMENSIONS} at most.")
-    numbers = _varints(head[_FIXED.size : -4])
     if len(numbers) < dimensions + 2:
         raise _error("index", "Its header has too few numbers.")
     shape = tuple(numbers[:dimensions])
@@ -247,10 +239,24 @@ def read_header(data: bytes | Read, *, most: int = MOST_SYMBOLS) -> Header:
         )
     if group < 1 or len(lengths) != -(-samples // group):
         raise _error("index", f"{samples} samples are not in {len(lengths)} groups of {group}.")
-    starts = [size]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    return Header(codec, TYPES[code], digest.hex(), shape, samples, group, tuple(starts))
+    starts = tuple(accumulate(lengths, initial=size))
+    return Header(codec, TYPES[code], digest.hex(), shape, samples, group, starts)
+
+
+def _numbers(read: Read, size: int) -> list[int]:
+    """The varints of a header of so many bytes."""
+    if not _FIXED.size + 6 <= size <= MOST_HEADER:
+        raise _error("header", f"Its header cannot have {size} bytes.")
+    head = read(0, size)
+    if len(head) < size:
+        raise _error("length", "It ends within its header.")
+    if _checksum(head[:-4]) != head[-4:]:
+        raise _error("header", "The header's checksum is not that of its bytes.")
+    return _varints(head[_FIXED.size : -4])
+
+
+def _checksum(data: bytes) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(4, "little")
 
 
 def _check_model(header: Header, model: EntropyModel) -> None:

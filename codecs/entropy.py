@@ -43,14 +43,14 @@ class EntropyModel(Protocol):
         """Symbols (count, D) of a stream.
 
         Raises:
-            Corrupt: it is damaged, or of another model.
+            CorruptError: it is damaged, or of another model.
         """
 
     def bits(self, symbols: Ints) -> float:
         """What symbols (n, D) take, were there no rounding."""
 
     def escapes(self, symbols: Ints) -> int:
-        """How many of symbols (n, D) the model does not know: one in a thousand says that it is old."""
+        """How many symbols (n, D) the model does not know: more than 1 in 1,000, and it is old."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from pipeline.clustering.threads import Threads
 from pipeline.codecs import tree_kernels as kernels
 from pipeline.codecs.entropy import Symbols
-from pipeline.codecs.rans import Corrupt, check, from_bytes, to_bytes
+from pipeline.codecs.rans import CorruptError, check, from_bytes, to_bytes
 from pipeline.codecs.tables import NIBBLE, TOTAL, Ints, escape_digits, frequencies
 from pipeline.errors import RunError
 
@@ -34,7 +34,7 @@ PARTS = 4
 
 @dataclass(frozen=True, eq=False)
 class HiddenTree:
-    """A tree over the D symbols of a sample: each has a hidden state, which depends on its parent's.
+    """A tree over a sample's D symbols: each has a hidden state that depends on its parent's.
 
     What a symbol is likely to be, all earlier ones given, needs two messages an edge, so that a
     sample takes O(D K^2) for K states. Coding is in integers alone: equal bytes on every machine.
@@ -174,18 +174,18 @@ class HiddenTree:
 
     def decode(self, data: bytes, count: int) -> Symbols:
         if data[:1] != b"\1":
-            raise Corrupt
+            raise CorruptError
         state, words = from_bytes(data[1:])
         samples = np.empty((count, len(self.order)), np.int64)
         words = words.astype(np.uint32)
-        at, state = kernels.pull(words, np.uint64(state), *self._arrays, samples)
+        at, state = kernels.pull(words, np.uint64(state), *self._arrays, samples)  # type: ignore[call-arg]
         samples += self.offset
         if at != len(words) or np.abs(samples).max(initial=0) > 2**31:
-            raise Corrupt
+            raise CorruptError
         found = np.empty_like(samples, np.int32)
         found[:, self.order] = samples
         if int(state) != 2**31 | check(found):
-            raise Corrupt
+            raise CorruptError
         return found
 
     def bits(self, symbols: Ints) -> float:
@@ -194,9 +194,7 @@ class HiddenTree:
     def escapes(self, symbols: Ints) -> int:
         return self._slots(symbols)[2]
 
-    def _slots(
-        self, symbols: Ints
-    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32], int]:
+    def _slots(self, symbols: Ints) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32], int]:
         """Where each symbol lies in 2^24 slots, how many it has, and how many were escapes.
 
         The digits of a symbol that the tree does not know follow the escape.
@@ -205,9 +203,9 @@ class HiddenTree:
         escape = self.emission.shape[1] - 1
         outside = (places < 0) | (places >= escape)
         samples = np.where(outside, escape, places).astype(np.int32)
-        low, size = (np.empty(samples.shape, np.uint32) for _ in range(2))
-        kernels.slots(samples, *self._arrays, low, size)
-        low, size = low.ravel(), size.ravel()
+        made = [np.empty(samples.shape, np.uint32) for _ in range(2)]
+        kernels.slots(samples, *self._arrays, *made)
+        low, size = (values.ravel() for values in made)
         rows = np.flatnonzero(outside)
         if len(rows):
             digits = [escape_digits(int(p), escape) for p in places.ravel()[rows]]
@@ -232,9 +230,11 @@ class HiddenTree:
         """
         try:
             offset, *shape = arrays["about"].tolist()
-            indices = (arrays[name].astype(np.int32) for name in ("order", "parent"))
-            weights = (arrays[n].astype(np.uint16) for n in ("root", "transition", "emission"))
-            return cls(*indices, *weights, offset, tuple(shape))
+            order, parent = (arrays[name].astype(np.int32) for name in ("order", "parent"))
+            root, transition, emission = (
+                arrays[name].astype(np.uint16) for name in ("root", "transition", "emission")
+            )
+            return cls(order, parent, root, transition, emission, offset, tuple(shape))
         except (KeyError, ValueError, IndexError) as error:
             raise _bad(f"{error}") from error
 
@@ -256,7 +256,7 @@ class Weights:
         draw: np.random.Generator,
         dtype: type[np.floating[Any]] = np.float32,
     ) -> Weights:
-        """From the histogram of each symbol, half of it smoothed, and noise that tells states apart."""
+        """From histograms of symbols, half of them smoothed, and noise that tells states apart."""
         nodes = values.shape[1]
         counted = np.stack([np.bincount(column, minlength=size) for column in values.T])
         shares = counted / len(values)
@@ -301,12 +301,9 @@ class Weights:
         transition[0] = 1  # a root has no parent
         transition /= transition.sum(2, keepdims=True)
         emission /= emission.sum(1, keepdims=True)
-        for own, new in (
-            (self.root, root),
-            (self.transition, transition),
-            (self.emission, emission),
-        ):
-            own += np.asarray(step, own.dtype) * (new - own)
+        new = Weights(root, transition, emission)
+        for name, value in vars(self).items():
+            value += np.asarray(step, value.dtype) * (getattr(new, name) - value)  # noqa: PLW2901
         return sum(found)
 
 
@@ -329,9 +326,9 @@ def chow_liu(
     edges = np.unique(np.quantile(values, np.arange(1, levels) / levels, method="lower"))
     cut = np.searchsorted(edges, values, "left") if size > LEVELS else values
     levels = int(cut.max()) + 1
-    hot = np.zeros((rows, nodes, levels), np.float32)
-    np.put_along_axis(hot, cut[..., None], 1, 2)
-    hot = hot.reshape(rows, -1)
+    each_hot = np.zeros((rows, nodes, levels), np.float32)
+    np.put_along_axis(each_hot, cut[..., None], 1, 2)
+    hot = each_hot.reshape(rows, -1)
     alone = hot.mean(0)
     entropy = _information(alone).reshape(nodes, levels).sum(1)
     # H(a) + H(b) - H(a, b), some nodes at a time: all pairs of levels at once are large.
@@ -380,10 +377,10 @@ def _centre(near: list[list[int]]) -> int:
     return path[len(path) // 2]
 
 
-def _walk(
-    near: list[list[int]], start: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    order, parent, stack = [], [], [(start, 0, -1)]
+def _walk(near: list[list[int]], start: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    order: list[int] = []
+    parent: list[int] = []
+    stack = [(start, 0, -1)]
     while stack:
         node, up, before = stack.pop()
         number = len(order)

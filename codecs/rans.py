@@ -1,9 +1,9 @@
-"""Entropy coding with asymmetric numeral systems; :mod:`pipeline.codecs.rans_plain` says what it does.
+"""Entropy coding with asymmetric numeral systems, fast; :mod:`pipeline.codecs.rans_plain` says how.
 
-A symbol is coded without a division, by a reciprocal of its frequency that is made once, and without
-a branch where a word is due or not. Four states take turns in long streams, so that one need not wait
-for the other. All tables have a guide: the entry in which a 1,024th part of the slots begins, from
-which few steps are left.
+A symbol is coded without a division, by a reciprocal of its frequency that is made once, and
+without a branch where a word is due or not. Four states take turns in long streams, so that one
+need not wait for the other. All tables have a guide: the entry in which a 1,024th part of the slots
+begins, from which few steps are left.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOST_DIGITS = 9
 """Digits of the largest number that a symbol of 32 bits can leave to an escape."""
 
 
-class Corrupt(Exception):
+class CorruptError(Exception):
     """A stream is damaged, or was made with other tables."""
 
 
@@ -50,7 +50,7 @@ def encode(symbols: Ints, which: Ints, tables: Tables, *, lanes: int = 1) -> byt
     values, tokens = checked(symbols, which, tables)
     states = np.full(4, _LEAST)
     states[0] |= _U(check(values))
-    # A symbol is at most a word, an escape of ten digits two more; four are for the branch not taken.
+    # A word a symbol, two for an escape's ten digits, and four for branches not taken.
     words = np.empty(_room(values, tokens, tables) + 4, np.uint32)
     at = _encode(values, tokens, _kernel(tables), _dividers(tables), states, words, lanes == 4)
     if lanes == 1:
@@ -68,7 +68,7 @@ def decode(data: bytes, which: Ints, tables: Tables, *, lanes: int = 1) -> npt.N
         lanes: as it was coded.
 
     Raises:
-        Corrupt: the stream is damaged, or of other tables.
+        CorruptError: the stream is damaged, or of other tables.
     """
     states = np.full(4, _LEAST)
     if lanes == 1:
@@ -77,9 +77,9 @@ def decode(data: bytes, which: Ints, tables: Tables, *, lanes: int = 1) -> npt.N
         states[:] = np.frombuffer(data, "<u8", 4)
         read = np.frombuffer(data, "<u4", offset=32)
     else:
-        raise Corrupt
+        raise CorruptError
     if (states < _LEAST).any() or (states >= _U(2**63)).any():
-        raise Corrupt
+        raise CorruptError
     # One more, for the branch not taken.
     words = np.append(read.astype(np.uint32), np.uint32(0))
     out = np.empty(len(which), np.int32)
@@ -89,12 +89,12 @@ def decode(data: bytes, which: Ints, tables: Tables, *, lanes: int = 1) -> npt.N
     at = _decode(words, tokens, *own, states, out, lanes == 4)
     whole = at == len(words) - 1 and (states[1:] == _LEAST).all()
     if not whole or int(states[0]) != 2**31 | check(out):
-        raise Corrupt
+        raise CorruptError
     return out
 
 
 def check(symbols: npt.ArrayLike) -> int:
-    """31 bits of the CRC-32C of symbols as integers of 32 bits: a stream carries them at no cost."""
+    """31 bits of the CRC-32C of symbols as integers of 32 bits: a stream carries them for free."""
     data = np.ascontiguousarray(symbols, "<i4").tobytes()
     return int(google_crc32c.value(data)) >> 1
 
@@ -133,16 +133,16 @@ def from_bytes(data: bytes) -> tuple[int, npt.NDArray[np.uint32]]:
     """What :func:`to_bytes` was given.
 
     Raises:
-        Corrupt: there is no state.
+        CorruptError: there is no state.
     """
     head = 4 + len(data) % 4
     if len(data) < head:
-        raise Corrupt
+        raise CorruptError
     state, words = int.from_bytes(data[:head], "little"), np.frombuffer(data, "<u4", offset=head)
     if state < 2**31 and len(words):
         state, words = state << 32 | int(words[0]), words[1:]
     if not 2**31 <= state < 2**63:
-        raise Corrupt
+        raise CorruptError
     return state, words
 
 
@@ -166,8 +166,9 @@ def _dividers(tables: Tables) -> npt.NDArray[np.uint64]:
     """Of each entry: a factor that divides by its frequency; and frequency, shift and addend.
 
     For a frequency f of more than 1 and s = ceil(log2 f), the quotient of x < 2^63 is
-    x * ceil(2^(63 + s) / f) >> 63 + s (Granlund and Montgomery, "Division by invariant integers using
-    multiplication", 1994). For f = 1 the factor 2^64 - 1 gives x - 1, which the addend makes good.
+    x * ceil(2^(63 + s) / f) >> 63 + s (Granlund and Montgomery, "Division by invariant integers
+    using multiplication", 1994). For f = 1 the factor 2^64 - 1 gives x - 1, which the addend makes
+    good.
     """
     f = tables.frequencies
     known = {int(v): (max(int(v) - 1, 1)).bit_length() for v in np.unique(f)}
@@ -190,7 +191,7 @@ def _slots(tables: Tables) -> npt.NDArray[np.uint32]:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _upper(_: Any, a: Any, b: Any) -> Any:
+def _upper(_: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
     """Upper 64 bits of a product of two unsigned integers of 64."""
 
     def build(_: Any, builder: Any, __: Any, args: Any) -> Any:
@@ -204,7 +205,7 @@ def _upper(_: Any, a: Any, b: Any) -> Any:
 _inline: Any = njit(nogil=True, cache=True, error_model="numpy", inline="always")
 
 
-@_inline  # type: ignore[untyped-decorator]
+@_inline
 def _push(x, words, at, entry):  # type: ignore[no-untyped-def]
     reciprocal, packed = entry[0], entry[1]
     frequency = packed >> _U(40)
@@ -282,7 +283,7 @@ def _encode(values, which, tables, entries, states, words, four):  # type: ignor
     return at
 
 
-@_inline  # type: ignore[untyped-decorator]
+@_inline
 def _pull(x, words, at, last, low, frequency):  # type: ignore[no-untyped-def]
     x = _U(frequency) * (x >> _U(16)) + (x & _SLOT) - _U(low)
     due = x < _LEAST
@@ -290,7 +291,7 @@ def _pull(x, words, at, last, low, frequency):  # type: ignore[no-untyped-def]
     return (x << _U(32) | word if due else x), at + np.int64(due)
 
 
-@_inline  # type: ignore[untyped-decorator]
+@_inline
 def _find(x, table, shift, guide, entries):  # type: ignore[no-untyped-def]
     slot = np.uint32(x & _SLOT)
     entry = np.int64(guide[table, slot >> shift])
@@ -301,7 +302,7 @@ def _find(x, table, shift, guide, entries):  # type: ignore[no-untyped-def]
 
 @compiled
 def _get(states, lane, words, at, last, entry, table, entries):  # type: ignore[no-untyped-def]
-    """The symbol of an entry, or what follows an escape; ``at`` is behind all words if that is none."""
+    """The symbol of an entry, or what follows an escape; all words count as read if it is none."""
     low = entries[entry, 0]
     x, at = _pull(states[lane], words, at, last, low, entries[entry, 1] - low)
     place = entry - table[2]
@@ -309,7 +310,7 @@ def _get(states, lane, words, at, last, entry, table, entries):  # type: ignore[
         count = np.int64(x & _SLOT) >> 12
         x, at = _pull(x, words, at, last, count << 12, 4096)
         raw = np.int64(0)
-        for n in range(min(count, MOST_DIGITS)):
+        for n in range(min(count, np.int64(MOST_DIGITS))):
             digit = np.int64(x & _SLOT) >> 12
             x, at = _pull(x, words, at, last, digit << 12, 4096)
             raw |= digit << (4 * n)

@@ -1,4 +1,4 @@
-"""The entropy coder in plain Python: what a stream is. :mod:`pipeline.codecs.rans` does the same fast.
+"""The entropy coder in plain Python, as what a stream is; :mod:`pipeline.codecs.rans` is fast.
 
 Asymmetric numeral systems (Duda, "Asymmetric numeral systems: entropy coding combining speed of
 Huffman coding with compression rate of arithmetic coding", 2013) with a state of 2^31 to 2^63 - 1,
@@ -7,7 +7,7 @@ words of 32 bits and frequencies that sum to 2^16. ``docs/bitstream.md`` has the
 
 from __future__ import annotations
 
-from pipeline.codecs.rans import MOST_DIGITS, Corrupt, Ints, check, checked
+from pipeline.codecs.rans import MOST_DIGITS, CorruptError, Ints, check, checked
 from pipeline.codecs.tables import NIBBLE, PRECISION, TOTAL, Tables, escape_digits
 
 LEAST = 2**31
@@ -49,15 +49,15 @@ def encode(symbols: Ints, which: Ints, tables: Tables, *, lanes: int = 1) -> byt
     return head + b"".join(word.to_bytes(4, "little") for word in reversed(words))
 
 
-def decode(data: bytes, which: Ints, tables: Tables, *, lanes: int = 1) -> list[int]:
+def decode(data: bytes, which: Ints, tables: Tables, *, lanes: int = 1) -> list[int]:  # noqa: C901
     """What :func:`pipeline.codecs.rans.decode` does.
 
     Raises:
-        Corrupt: the stream is damaged, or of other tables.
+        CorruptError: the stream is damaged, or of other tables.
     """
     head = 8 * lanes if lanes > 1 else 4 + len(data) % 4
     if lanes not in {1, 4} or len(data) < head or (len(data) - head) % 4:
-        raise Corrupt
+        raise CorruptError
     words = [int.from_bytes(data[i : i + 4], "little") for i in range(head, len(data), 4)]
     words.reverse()
     size = head // lanes
@@ -66,22 +66,22 @@ def decode(data: bytes, which: Ints, tables: Tables, *, lanes: int = 1) -> list[
     ]
     if lanes == 1 and states[0] < LEAST:
         if not words:
-            raise Corrupt
+            raise CorruptError
         states[0] = states[0] << 32 | words.pop()
     if any(not LEAST <= x < 2**63 for x in states):
-        raise Corrupt
+        raise CorruptError
 
     def pull(lane: int, low: int, frequency: int) -> None:
         x = states[lane]
         x = frequency * (x >> PRECISION) + x % TOTAL - low
         if x < LEAST:
             if not words:
-                raise Corrupt
+                raise CorruptError
             x = x << 32 | words.pop()
         states[lane] = x
 
     def digit(lane: int) -> int:
-        found = states[lane] % TOTAL // (TOTAL // 2**NIBBLE)
+        found: int = states[lane] % TOTAL // (TOTAL // 2**NIBBLE)
         pull(lane, found * (TOTAL // 2**NIBBLE), TOTAL // 2**NIBBLE)
         return found
 
@@ -97,12 +97,12 @@ def decode(data: bytes, which: Ints, tables: Tables, *, lanes: int = 1) -> list[
         if place == length:
             count = digit(lane)
             if count > MOST_DIGITS:
-                raise Corrupt
+                raise CorruptError
             raw = sum(digit(lane) << (NIBBLE * n) for n in range(count))
             place = -(raw >> 1) - 1 if raw % 2 else (raw >> 1) + length
         values.append(place + int(tables.offsets[table]))
     if any(not -(2**31) <= value < 2**31 for value in values):
-        raise Corrupt
+        raise CorruptError
     if words or states[1:] != [LEAST] * (lanes - 1) or states[0] != LEAST | check(values):
-        raise Corrupt
+        raise CorruptError
     return values

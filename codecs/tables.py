@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,9 @@ Ints = npt.NDArray[np.integer[Any]]
 class Tables:
     """T tables of integer frequencies, each with an escape for symbols that it does not hold.
 
-    Table t has an entry for every symbol from ``offsets[t]`` to ``offsets[t] + lengths[t] - 1``, and
-    the escape behind these. Its frequencies are at least 1 and sum to 65,536; no float is left, so
-    a table codes the same on every machine.
+    Table t has an entry for every symbol from ``offsets[t]`` to ``offsets[t] + lengths[t] - 1``,
+    and the escape behind these. Its frequencies are at least 1 and sum to 65,536; no float is left,
+    so a table codes the same on every machine.
 
     Attributes:
         lengths: int32 (T,), symbols of each table, 1 to 65,535.
@@ -90,7 +91,7 @@ class Tables:
         order = np.argsort(pattern, kind="stable")
         edges = np.searchsorted(pattern[order], np.arange(int(pattern.max()) + 2))
         found, offsets = [], []
-        for lo, hi in zip(edges, edges[1:], strict=False):
+        for lo, hi in pairwise(edges):
             values, counts = np.unique(symbols[:, order[lo:hi]], return_counts=True)
             first, last = _needed(values.astype(np.int64), counts)
             inside = (values >= first) & (values <= last)
@@ -117,7 +118,7 @@ class Tables:
     def _entries(
         self, symbols: Ints, pattern: Ints
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The entry of each symbol, and the number that follows an escape, -1 where there is none."""
+        """The entry of each symbol, and the number that follows an escape, -1 if there is none."""
         place = symbols.astype(np.int64) - self.offsets[pattern]
         length = self.lengths[pattern].astype(np.int64)
         inside = (place >= 0) & (place < length)
@@ -135,7 +136,7 @@ class Tables:
         """(entries,): sum of the frequencies before an entry, within its table."""
         before = np.cumsum(self.frequencies.astype(np.int64)) - self.frequencies
         own = np.repeat(np.arange(len(self)), self.lengths + 1)
-        return (before - own * TOTAL).astype(np.uint32)
+        return np.asarray(before - own * TOTAL, np.uint32)
 
     @cached_property
     def guide(self) -> npt.NDArray[np.int32]:
@@ -144,7 +145,7 @@ class Tables:
         starts = np.arange(2**bits, dtype=np.int64) << (PRECISION - bits)
         whole = self.low + np.repeat(np.arange(len(self)), self.lengths + 1) * TOTAL
         asked = starts + np.arange(len(self))[:, None] * TOTAL
-        return (np.searchsorted(whole, asked, "right") - 1).astype(np.int32)
+        return np.asarray(np.searchsorted(whole, asked, "right") - 1, np.int32)
 
     @cached_property
     def digest(self) -> str:
@@ -175,8 +176,8 @@ class Tables:
 def escape_digits(place: int, length: int) -> list[int]:
     """What follows the escape of a table for a symbol that lies ``place`` behind its first one.
 
-    Their number, and digits of four bits, low ones first, of a number that is even for a symbol above
-    the table and odd for one below.
+    Their number, and digits of four bits, low ones first, of a number that is even for a symbol
+    above the table and odd for one below.
     """
     raw = -2 * place - 1 if place < 0 else 2 * (place - length)
     digits = []
@@ -198,7 +199,7 @@ def frequencies(p: npt.NDArray[np.float64]) -> npt.NDArray[np.uint32]:
     rest = TOTAL - len(p) - int(whole.sum())
     order = np.argsort(-(share - whole), kind="stable")
     whole[order[:rest]] += 1
-    return (whole + 1).astype(np.uint32)
+    return np.asarray(whole + 1, np.uint32)
 
 
 def _needed(values: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> tuple[int, int]:

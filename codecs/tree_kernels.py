@@ -26,7 +26,9 @@ _SLOT = np.uint64(2**PRECISION - 1)
 
 
 @compiled
-def expect(samples, parent, root, transition, emission, to_transition, to_emission):
+def expect(  # noqa: C901, PLR0912
+    samples, parent, root, transition, emission, to_transition, to_emission
+):
     """Add what is expected of hidden states to counts, and return the samples' log-likelihood.
 
     Args:
@@ -223,7 +225,9 @@ def push(low, size, state, words):
 
 
 @compiled
-def pull(words, x, parent, last, root, transition, emission, cumulative, samples):
+def pull(  # noqa: C901, PLR0912
+    words, x, parent, last, root, transition, emission, cumulative, samples
+):
     """Fill ``samples``, int64 (n, D), from words.
 
     Returns:
@@ -255,7 +259,7 @@ def pull(words, x, parent, last, root, transition, emission, cumulative, samples
                 at += 1
             samples[n, i] = v
             if v == symbols - 1:  # the escape, whose digits follow
-                raw, count, digit = 0, 0, 0
+                raw, count, digit = np.int64(0), np.int64(0), 0
                 while digit <= count:
                     slot = np.int64(x & _SLOT) >> np.int64(PRECISION - 4)
                     first = _U(slot << np.int64(PRECISION - 4))

@@ -12,11 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pipeline.backbones import Teachers
 from pipeline.dataset_distill.batchnorm import Targets, bn_layers
-from pipeline.dataset_distill.config import ImageConfig
-from pipeline.dataset_distill.student import Teachers
-from pipeline.dataset_distill.views import normalise
 from pipeline.device import default_device, in_batches, reproducible
+from pipeline.labelled_images import ImageConfig, normalise
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.dataset_distill.batchnorm import BatchNormMatching, Targets
-from pipeline.dataset_distill.config import ImageConfig, RecoverConfig
+from pipeline.dataset_distill.config import RecoverConfig
 from pipeline.dataset_distill.curriculum import min_scale
 from pipeline.dataset_distill.views import ATTEMPTS, crops
 from pipeline.digest import seed_for
+from pipeline.labelled_images import ImageConfig
 from pipeline.stage import StateKeeper
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipeline.dataset_distill.views import Pictures, Views, render
+from pipeline.dataset_distill.views import Views, render
 from pipeline.device import in_batches
+from pipeline.labelled_images import Pictures
 
 
 def mean_logits(teachers: Sequence[nn.Module], x: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from pipeline import backbones
 from pipeline.backbones import ModelSpec, Weights
 from pipeline.config import TrainConfig
-from pipeline.dataset_distill.classify import LabelledImages, accuracy
-from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.dataset_distill.config import SqueezeConfig
 from pipeline.digest import seed_for
 from pipeline.errors import UsageError
+from pipeline.labelled_images import ImageConfig, LabelledImages, accuracy, augmented
 
 
 @dataclass(frozen=True)
@@ -107,24 +107,3 @@ class SqueezeTraining:
 
     def evaluate(self) -> dict[str, Any]:
         return accuracy(self.model, self.sets["test"])
-
-
-def augmented(x: Tensor, image: ImageConfig, seed: int) -> Tensor:
-    """Images (B, C, S, S) shifted by up to an eighth, and mirrored where that keeps the label."""
-    generator = torch.Generator().manual_seed(seed)
-    x = shifted(x, image.size // 8, generator)
-    if image.flip:
-        mirrored = torch.rand(len(x), generator=generator).to(x.device) < 0.5
-        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-    return x
-
-
-def shifted(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Each image (B, C, S, S) moved by up to ``most`` pixels; its border is repeated."""
-    batch, _, size, _ = x.shape
-    offsets = torch.randint(-most, most + 1, (2, batch, 1), generator=generator).to(x.device)
-    line = (torch.arange(size, device=x.device) + offsets).clamp(0, size - 1)
-    image = torch.arange(batch, device=x.device)[:, None, None]
-    return x.permute(0, 2, 3, 1)[image, line[0][:, :, None], line[1][:, None, :]].permute(
-        0, 3, 1, 2
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,23 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import backbones
-from pipeline.backbones import ModelSpec
+from pipeline.backbones import ModelSpec, Teachers
 from pipeline.config import TrainConfig
-from pipeline.dataset_distill.classify import LabelledImages, accuracy
-from pipeline.dataset_distill.config import ImageConfig, StudentConfig
+from pipeline.dataset_distill.config import StudentConfig
 from pipeline.dataset_distill.label_codec import LabelCodec
 from pipeline.dataset_distill.relabel import mean_logits
 from pipeline.dataset_distill.views import Views, ViewSampler, render
 from pipeline.digest import seed_for
+from pipeline.labelled_images import ImageConfig, LabelledImages, accuracy
 from pipeline.tensors import is_tensor, to_numpy
-
-
-class Teachers(Protocol):
-    """Fitted classifiers; ``identity`` is that of what was fitted."""
-
-    @property
-    def identity(self) -> str: ...
-    def networks(self, device: torch.device) -> list[nn.Module]: ...
 
 
 @dataclass(frozen=True)

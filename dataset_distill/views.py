@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.dataset_distill.config import ImageConfig
 from pipeline.draws import uniform
+from pipeline.labelled_images import ImageConfig, Pictures
 
 RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10
@@ -139,42 +139,6 @@ class ViewSampler:
             first[:, None] + ((rows - first)[:, None] + step) % count[:, None],
             boxes(draws[..., _LAMBDA : _CENTRE + 2], size, self.cutmix),
         )
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Images as they are stored, normalised when they are taken: a quarter of the memory.
-
-    Attributes:
-        pixels: (N, C, S, S) uint8.
-        mean: (1, C, 1, 1) of pixels in [0, 1].
-        std: likewise.
-    """
-
-    pixels: Tensor
-    mean: Tensor
-    std: Tensor
-
-    @classmethod
-    def of(cls, pixels: npt.NDArray[Any], image: ImageConfig, device: torch.device) -> Pictures:
-        """From uint8 images (N, S, S, C)."""
-        mean, std = (
-            torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (image.mean, image.std)
-        )
-        x = torch.from_numpy(np.array(pixels.transpose(0, 3, 1, 2), order="C"))
-        return cls(x.to(device), mean, std)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def take(self, rows: Tensor | slice) -> Tensor:
-        """Some of them, (B, C, S, S) float32, as (x / 255 - mean) / std."""
-        return (self.pixels[rows].float() / 255 - self.mean) / self.std
-
-
-def normalise(pixels: npt.NDArray[Any], image: ImageConfig, device: torch.device) -> Tensor:
-    """uint8 images (N, S, S, C) as float32 (N, C, S, S), (x / 255 - mean) / std."""
-    return Pictures.of(pixels, image, device).take(slice(None))
 
 
 def render(pictures: Pictures, views: Views, rows: Tensor, view: Tensor) -> Tensor:

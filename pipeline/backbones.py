@@ -45,6 +45,14 @@ class Weights(Protocol):
     def arrays(self) -> dict[str, npt.NDArray[Any]]: ...
 
 
+class Teachers(Protocol):
+    """Fitted classifiers; ``identity`` is that of what was fitted."""
+
+    @property
+    def identity(self) -> str: ...
+    def networks(self, device: torch.device) -> list[nn.Module]: ...
+
+
 class ConvNet(nn.Module):
     """Blocks of 3 x 3 convolution, BatchNorm and ReLU with 2 x 2 max pooling between them.
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from pipeline.api import recorded
-from pipeline.dataset_distill.config import ImageConfig
 from pipeline.dataset_distill.label_codec import LabelCodec
 from pipeline.dataset_distill.relabel import mean_logits
 from pipeline.dataset_distill.student import EpochViews, SoftLabels
-from pipeline.dataset_distill.views import Pictures, ViewSampler, render
+from pipeline.dataset_distill.views import ViewSampler, render
 from pipeline.datasets import find_dataset
 from pipeline.digest import seed_for
 from pipeline.errors import UsageError
+from pipeline.labelled_images import ImageConfig, Pictures
 from pipeline.stage import ShardContext
 from pipeline.stages.decode import Decode
 from pipeline.storage.artifact import Artifact, ArtifactSource

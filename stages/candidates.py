@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import backbones
-from pipeline.dataset_distill.config import ImageConfig
-from pipeline.dataset_distill.views import Pictures
 from pipeline.device import default_device, in_batches
 from pipeline.digest import seed_for
 from pipeline.draws import uniform
+from pipeline.labelled_images import ImageConfig, Pictures
 from pipeline.stage import ShardContext
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.models import read_model

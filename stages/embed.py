@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from pipeline import backbones
-from pipeline.dataset_distill.config import ImageConfig
-from pipeline.dataset_distill.views import normalise
 from pipeline.device import default_device, in_batches
+from pipeline.labelled_images import ImageConfig, normalise
 from pipeline.stage import ShardContext
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.models import read_model

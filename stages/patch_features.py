@@ -14,9 +14,8 @@ from torch import Tensor
 
 from pipeline import backbones
 from pipeline.clustering.kmeans import nearest
-from pipeline.dataset_distill.config import ImageConfig
-from pipeline.dataset_distill.views import normalise
 from pipeline.device import default_device, in_batches
+from pipeline.labelled_images import ImageConfig, normalise
 from pipeline.stage import ShardContext
 from pipeline.stages.embed import open_network
 from pipeline.storage.array_artifact import read_arrays

@@ -9,11 +9,11 @@ import pyarrow as pa
 import torch
 
 from pipeline.dataset_distill.class_statistics import targets_of
-from pipeline.dataset_distill.config import ImageConfig, RecoverConfig
+from pipeline.dataset_distill.config import RecoverConfig
 from pipeline.dataset_distill.recover import recover
-from pipeline.dataset_distill.views import normalise
 from pipeline.device import default_device
 from pipeline.digest import seed_for
+from pipeline.labelled_images import ImageConfig, normalise
 from pipeline.stage import ShardContext
 from pipeline.storage.array_artifact import read_arrays
 from pipeline.storage.artifact import Artifact

@@ -10,9 +10,10 @@ import pyarrow as pa
 
 from pipeline.dataset_distill.label_codec import LabelCodec
 from pipeline.dataset_distill.relabel import soft_labels
-from pipeline.dataset_distill.views import Pictures, ViewSampler
+from pipeline.dataset_distill.views import ViewSampler
 from pipeline.device import default_device
 from pipeline.digest import seed_for
+from pipeline.labelled_images import Pictures
 from pipeline.stage import ShardContext
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.models import read_model

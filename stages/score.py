@@ -12,9 +12,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.dataset_distill.config import ImageConfig
-from pipeline.dataset_distill.views import normalise
 from pipeline.device import BATCH, default_device, in_batches
+from pipeline.labelled_images import ImageConfig, normalise
 from pipeline.pruning import scores
 from pipeline.pruning.gradients import grand
 from pipeline.stage import ShardContext

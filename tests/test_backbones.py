@@ -15,10 +15,9 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from pipeline.backbones import BUILTIN, CifarResNet, build, load_weights
-from pipeline.dataset_distill.config import ImageConfig
-from pipeline.dataset_distill.views import normalise
 from pipeline.device import reproducible
 from pipeline.errors import UsageError
+from pipeline.labelled_images import ImageConfig, normalise
 from pipeline.storage.npz import open_npz
 from pipeline.storage.store import open_store
 from pipeline.storage.weights import WeightsFile, read_weights

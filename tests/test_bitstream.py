@@ -155,7 +155,13 @@ def test_what_is_claimed_is_refused_before_it_is_allocated(model):
     fixed = bitstream._FIXED
     numbers = b"".join(map(bitstream._varint, [3, 4, 5, 2**40, 2**40, 5]))
     head = fixed.pack(
-        b"VPBS", 1, model.codec, 4, 3, fixed.size + len(numbers) + 4, bytes.fromhex(model.digest)[:8]
+        b"VPBS",
+        1,
+        model.codec,
+        4,
+        3,
+        fixed.size + len(numbers) + 4,
+        bytes.fromhex(model.digest)[:8],
     )
     data = head + numbers
     data += google_crc32c.value(data).to_bytes(4, "little") + b"\1\2\3\4\5"

@@ -22,8 +22,8 @@ from pipeline.clustering.kmeans import KMeans
 from pipeline.codecs import codebook
 from pipeline.codecs.codebook import nearest_code, usage
 from pipeline.config import build
-from pipeline.dataset_distill.config import ImageConfig
 from pipeline.errors import PipelineError, UsageError
+from pipeline.labelled_images import ImageConfig
 from pipeline.recipes.codebook import open_codebook
 from pipeline.recipes.tokenize import open_tokenizer
 from pipeline.stage import ShardContext

@@ -18,10 +18,11 @@ from samples import encoded, image_table, local_run, pixels
 
 from pipeline import api
 from pipeline.config import TrainConfig
-from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.dataset_distill.config import SqueezeConfig
 from pipeline.dataset_distill.squeeze import Squeeze
 from pipeline.diff import as_text, diff
 from pipeline.errors import RunError
+from pipeline.labelled_images import ImageConfig
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.parquet import ParquetFormat, ParquetSource
 from pipeline.storage.source import Shard, TableSource

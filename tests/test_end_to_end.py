@@ -17,8 +17,9 @@ from faults import output
 from torch.utils.data import DataLoader
 
 import pipeline
-from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.dataset_distill.config import SqueezeConfig
 from pipeline.dataset_distill.squeeze import Squeeze
+from pipeline.labelled_images import ImageConfig
 from pipeline.orchestration.checkpoint import Checkpoint
 from pipeline.orchestration.training import train
 from pipeline.storage.npz import open_npz

@@ -19,11 +19,12 @@ from samples import encoded, image_table, local_run, pixels
 
 from pipeline import api
 from pipeline.config import TrainConfig
-from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.dataset_distill.config import SqueezeConfig
 from pipeline.dataset_distill.squeeze import Squeeze
 from pipeline.errors import UsageError
 from pipeline.inspect import inspect
 from pipeline.inspect_text import as_text
+from pipeline.labelled_images import ImageConfig
 from pipeline.storage.parquet import ParquetFormat, ParquetSource
 from pipeline.storage.source import Shard, TableSource
 from pipeline.storage.webdataset import WebDatasetFormat

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from pipeline.codecs import rans, rans_plain
 from pipeline.codecs.entropy import StaticModel
-from pipeline.codecs.rans import Corrupt
+from pipeline.codecs.rans import CorruptError
 from pipeline.codecs.tables import TOTAL, Tables
 from pipeline.errors import RunError
 
@@ -94,16 +94,16 @@ def test_every_cut_and_every_flipped_bit_is_found_out(lanes):
     symbols, which = symbols_of(tables, 700)
     data = rans.encode(symbols, which, tables, lanes=lanes)
     for size in range(len(data)):
-        with pytest.raises(Corrupt):
+        with pytest.raises(CorruptError):
             rans.decode(data[:size], which, tables, lanes=lanes)
     for bit in range(8 * len(data)):
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(Corrupt):
+        with pytest.raises(CorruptError):
             rans.decode(bytes(damaged), which, tables, lanes=lanes)
-    with pytest.raises(Corrupt):
+    with pytest.raises(CorruptError):
         rans.decode(data + b"\0\0\0\0", which, tables, lanes=lanes)
-    with pytest.raises(Corrupt):
+    with pytest.raises(CorruptError):
         rans.decode(data, which, tables_of(2, 41), lanes=lanes)
 
 
@@ -114,12 +114,16 @@ def test_both_coders_refuse_and_take_the_same_bytes(data, lanes):
     for decode in (rans.decode, rans_plain.decode):
         try:
             found.append(list(decode(data, which, tables, lanes=lanes)))
-        except Corrupt:
+        except CorruptError:
             found.append(None)
     assert found[0] == found[1]
 
 
-@given(hnp.arrays(np.float64, st.integers(2, 40), elements=st.sampled_from([0, 5e-324, 1e-9, 1, 1e300])))
+@given(
+    hnp.arrays(
+        np.float64, st.integers(2, 40), elements=st.sampled_from([0, 5e-324, 1e-9, 1, 1e300])
+    )
+)
 def test_frequencies_are_positive_and_sum_to_all_slots(shares):
     if shares.max() <= 0:
         with pytest.raises(RunError, match="probabilities"):

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from pipeline.backbones import ConvNet
 from pipeline.dataset_distill.batchnorm import BatchNormMatching
 from pipeline.dataset_distill.class_statistics import ClassStatistics, targets_of
-from pipeline.dataset_distill.config import ImageConfig, RecoverConfig
+from pipeline.dataset_distill.config import RecoverConfig
 from pipeline.dataset_distill.recover import Recovered, recover
-from pipeline.dataset_distill.views import normalise
 from pipeline.device import reproducible
 from pipeline.errors import UsageError
+from pipeline.labelled_images import ImageConfig, normalise
 from pipeline.storage.digits import open_digits
 from pipeline.tensors import to_numpy
 

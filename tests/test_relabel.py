@@ -15,12 +15,13 @@ from references import view_of
 from samples import image_table, local_run
 
 from pipeline.config import TrainConfig
-from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.dataset_distill.config import SqueezeConfig
 from pipeline.dataset_distill.label_codec import LabelCodec
 from pipeline.dataset_distill.squeeze import Squeeze
 from pipeline.dataset_distill.student import SoftLabels
-from pipeline.dataset_distill.views import ViewSampler, normalise
+from pipeline.dataset_distill.views import ViewSampler
 from pipeline.device import reproducible
+from pipeline.labelled_images import ImageConfig, normalise
 from pipeline.orchestration import training
 from pipeline.orchestration.fit import Fit
 from pipeline.stage import ShardContext

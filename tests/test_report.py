@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from pipeline.backbones import ModelSpec
-from pipeline.dataset_distill.config import ImageConfig, RecoverConfig, SqueezeConfig
+from pipeline.dataset_distill.config import RecoverConfig, SqueezeConfig
 from pipeline.dataset_distill.label_codec import LabelCodec
 from pipeline.dataset_distill.views import ViewSampler
 from pipeline.digest import dumps
+from pipeline.labelled_images import ImageConfig
 from pipeline.orchestration.local_executor import LocalExecutor
 from pipeline.orchestration.run import Run
 from pipeline.recipes.distill_config import ARMS, Arm, DistillConfig

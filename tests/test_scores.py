@@ -20,9 +20,10 @@ from torch import nn
 from pipeline.backbones import build, embed
 from pipeline.clustering.sharded_kmeans import ShardedKMeans
 from pipeline.config import TrainConfig
-from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.dataset_distill.config import SqueezeConfig
 from pipeline.dataset_distill.squeeze import Squeeze
 from pipeline.errors import RunError, UsageError
+from pipeline.labelled_images import ImageConfig
 from pipeline.orchestration.checkpoint import Checkpoint
 from pipeline.orchestration.fit import Fit
 from pipeline.orchestration.training import train

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pipeline.backbones import build
 from pipeline.config import TrainConfig
-from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
-from pipeline.dataset_distill.squeeze import Squeeze, SqueezeTraining, shifted
+from pipeline.dataset_distill.config import SqueezeConfig
+from pipeline.dataset_distill.squeeze import Squeeze, SqueezeTraining
+from pipeline.labelled_images import ImageConfig, shifted
 from pipeline.orchestration import training as loop
 from pipeline.orchestration.checkpoint import Checkpoint
 from pipeline.orchestration.training import train

@@ -14,11 +14,11 @@ from PIL import Image
 from samples import image_table, local_run
 
 from pipeline.config import TrainConfig
-from pipeline.dataset_distill.config import ImageConfig, RecoverConfig, SqueezeConfig
+from pipeline.dataset_distill.config import RecoverConfig, SqueezeConfig
 from pipeline.dataset_distill.squeeze import Squeeze
 from pipeline.dataset_distill.starts import rank_starts
-from pipeline.dataset_distill.views import normalise
 from pipeline.digest import digest
+from pipeline.labelled_images import ImageConfig, normalise
 from pipeline.orchestration import training
 from pipeline.recipes.distill_parts import synthesis_plan
 from pipeline.recipes.starts import StartSource, tiles_of

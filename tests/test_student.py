@@ -12,10 +12,11 @@ import torch
 from samples import image_table
 
 from pipeline.config import TrainConfig
-from pipeline.dataset_distill.config import ImageConfig, StudentConfig
+from pipeline.dataset_distill.config import StudentConfig
 from pipeline.dataset_distill.label_codec import LabelCodec
 from pipeline.dataset_distill.student import Student, StudentTraining
 from pipeline.dataset_distill.views import Views, ViewSampler, render
+from pipeline.labelled_images import ImageConfig
 from pipeline.tensors import tensor_column
 
 CPU = torch.device("cpu")

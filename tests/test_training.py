@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from pipeline.backbones import ModelSpec
 from pipeline.config import TrainConfig
-from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.dataset_distill.config import SqueezeConfig
 from pipeline.dataset_distill.squeeze import Squeeze
 from pipeline.device import reproducible
 from pipeline.digest import digest
 from pipeline.errors import RunError
+from pipeline.labelled_images import ImageConfig
 from pipeline.orchestration import checkpoint, training
 from pipeline.orchestration.checkpoint import Checkpoint
 from pipeline.orchestration.fit import Fit

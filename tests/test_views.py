@@ -14,17 +14,8 @@ from hypothesis import strategies as st
 from references import view_of
 from samples import pixels
 
-from pipeline.dataset_distill.config import ImageConfig
-from pipeline.dataset_distill.views import (
-    ATTEMPTS,
-    Pictures,
-    Views,
-    ViewSampler,
-    boxes,
-    crops,
-    normalise,
-    render,
-)
+from pipeline.dataset_distill.views import ATTEMPTS, Views, ViewSampler, boxes, crops, render
+from pipeline.labelled_images import ImageConfig, Pictures, normalise
 
 CPU = torch.device("cpu")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -15,9 +15,10 @@ from pipeline.backbones import Weights
 from pipeline.clustering.hierarchical_kmeans import HierarchicalKMeans
 from pipeline.codecs.codebook import usage
 from pipeline.config import Config
-from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.dataset_distill.config import SqueezeConfig
 from pipeline.datasets import Dataset
 from pipeline.errors import RunError, UsageError
+from pipeline.labelled_images import ImageConfig
 from pipeline.orchestration.rounds import OneRound
 from pipeline.orchestration.run import Run
 from pipeline.recipes import Recipe

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 
 from pipeline.codecs.coded_model import from_arrays, size_of, to_arrays
+from pipeline.codecs.compress import Compress
 from pipeline.codecs.low_rank_vq import (
     CodeConfig,
     CodedLayer,
@@ -22,10 +23,10 @@ from pipeline.codecs.low_rank_vq import (
     plan_layers,
 )
 from pipeline.config import Config, TrainConfig, build, merge
-from pipeline.dataset_distill.compress import Compress
-from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.dataset_distill.config import SqueezeConfig
 from pipeline.datasets import Dataset
 from pipeline.errors import UsageError
+from pipeline.labelled_images import ImageConfig
 from pipeline.orchestration.rounds import OneRound
 from pipeline.orchestration.run import Run
 from pipeline.recipes import Recipe

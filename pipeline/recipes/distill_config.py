@@ -10,13 +10,13 @@ from pydantic import Field
 
 from pipeline.config import Config, build, merge
 from pipeline.dataset_distill.config import (
-    ImageConfig,
     RecoverConfig,
     RelabelConfig,
     SqueezeConfig,
     StudentConfig,
 )
 from pipeline.datasets import Dataset
+from pipeline.labelled_images import ImageConfig
 
 Arm = Literal[
     "distilled-soft",

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import backbones
-from pipeline.dataset_distill.config import ImageConfig
 from pipeline.dataset_distill.label_codec import label_bytes, plan_labels
 from pipeline.dataset_distill.recover import recover
 from pipeline.datasets import Dataset
 from pipeline.device import default_device
 from pipeline.errors import UsageError
+from pipeline.labelled_images import ImageConfig
 from pipeline.recipes.distill_config import DistillConfig
 from pipeline.recipes.distill_parts import synthesis_plan
 

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from pipeline.config import Config
-from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.dataset_distill.config import SqueezeConfig
+from pipeline.labelled_images import ImageConfig
 
 ScoreName = Literal[
     "el2n",

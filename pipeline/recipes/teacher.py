@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.dataset_distill.config import ImageConfig, SqueezeConfig
+from pipeline.dataset_distill.config import SqueezeConfig
 from pipeline.dataset_distill.squeeze import Squeeze
+from pipeline.labelled_images import ImageConfig
 from pipeline.storage.weights import WeightsFile
 
 

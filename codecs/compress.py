@@ -13,14 +13,12 @@ import torch.nn.functional as F
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from pipeline.backbones import Teachers
 from pipeline.codecs.coded_model import to_codes, to_empty_codes, to_low_rank
 from pipeline.codecs.low_rank_vq import CodedLayer
 from pipeline.config import TrainConfig
-from pipeline.dataset_distill.classify import LabelledImages, accuracy
-from pipeline.dataset_distill.config import ImageConfig
-from pipeline.dataset_distill.squeeze import augmented
-from pipeline.dataset_distill.student import Teachers
 from pipeline.digest import seed_for
+from pipeline.labelled_images import ImageConfig, LabelledImages, accuracy, augmented
 
 
 class Files(Protocol):
