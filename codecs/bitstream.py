@@ -207,6 +207,22 @@ def decompress(data: bytes, model: EntropyModel, *, most: int = MOST_SYMBOLS) ->
     return Bitstream(data, model, most=most).all()
 
 
+def webdataset_handler(
+    model: EntropyModel, extension: str = "vpbs"
+) -> Callable[[str, bytes], npt.NDArray[Any] | None]:
+    """Decodes members of a WebDataset: ``dataset.decode(webdataset_handler(model))``.
+
+    Args:
+        model: of the samples; a member holds one or several.
+        extension: of the members.
+    """
+
+    def handle(name: str, data: bytes) -> npt.NDArray[Any] | None:
+        return decompress(data, model) if name.rpartition(".")[2] == extension else None
+
+    return handle
+
+
 def read_header(data: bytes | Read, *, most: int = MOST_SYMBOLS) -> Header:
     """What a bitstream says of itself; nothing is allocated for what it only claims.
 

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from pipeline.codecs.coded_model import to_codes, to_empty_codes, to_low_rank
 from pipeline.codecs.low_rank_vq import CodedLayer
 from pipeline.config import TrainConfig
 from pipeline.digest import seed_for
-from pipeline.labelled_images import ImageConfig, LabelledImages, accuracy, augmented
+from pipeline.labelled_images import ImageConfig, LabelledImages, accuracy, augmented, task_loss
 
 
 class Files(Protocol):
@@ -121,14 +120,7 @@ class CompressTraining:
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, labels = batch
-        answers, share = self.model(x), self.task.distillation
-        loss = (1 - share) * F.cross_entropy(answers, labels)
-        if share:
-            with torch.no_grad():
-                wanted = F.log_softmax(self.teacher(x), 1)
-            given = F.log_softmax(answers, 1)
-            loss = loss + share * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
-        return loss
+        return task_loss(self.model(x), labels, self.teacher, x, self.task.distillation)
 
     def evaluate(self) -> dict[str, Any]:
         return accuracy(self.model, self.sets["test"])

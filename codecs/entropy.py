@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.codecs import rans
-from pipeline.codecs.tables import Ints, Tables
+from pipeline.codecs.tables import MOST_TABLES, Ints, Tables
 from pipeline.errors import RunError
 
 FOUR_FROM = 2**15
@@ -36,6 +36,9 @@ class EntropyModel(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def digest(self) -> str: ...
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """All of it as arrays by name, for a file."""
+
     def encode(self, symbols: Symbols) -> bytes:
         """A stream of symbols (n, D), whose first byte is not 0."""
 
@@ -48,6 +51,9 @@ class EntropyModel(Protocol):
 
     def bits(self, symbols: Ints) -> float:
         """What symbols (n, D) take, were there no rounding."""
+
+    def typical(self) -> Symbols:
+        """The likeliest symbol of each place (D,)."""
 
     def escapes(self, symbols: Ints) -> int:
         """How many symbols (n, D) the model does not know: more than 1 in 1,000, and it is old."""
@@ -83,12 +89,21 @@ class StaticModel:
             RunError: there are more than 65,536 of these.
         """
         shape = tuple(symbols.shape[1:])
-        size, channels = math.prod(shape), shape[0] if shape else 1
-        if (size if positions else channels) > 2**16:
-            raise _bad(f"there are {size if positions else channels:,} tables, 65,536 at most")
-        each = 1 if positions else size // channels
-        pattern = (np.arange(size) // each).astype(np.uint16)
+        pattern = cls.pattern_of(shape, positions=positions)
         return cls(Tables.counted(symbols.reshape(len(symbols), -1), pattern), pattern, shape)
+
+    @staticmethod
+    def pattern_of(shape: tuple[int, ...], *, positions: bool = False) -> npt.NDArray[np.uint16]:
+        """The table of each symbol, where each channel (or position) has one.
+
+        Raises:
+            RunError: there are more than 65,536 of these.
+        """
+        size, channels = math.prod(shape), shape[0] if shape else 1
+        count = size if positions else channels
+        if count > MOST_TABLES:
+            raise _bad(f"there are {count:,} tables, 65,536 at most")
+        return (np.arange(size) // (size // count)).astype(np.uint16)
 
     @cached_property
     def digest(self) -> str:
@@ -108,6 +123,9 @@ class StaticModel:
 
     def bits(self, symbols: Ints) -> float:
         return self.tables.bits(symbols, self.pattern)
+
+    def typical(self) -> Symbols:
+        return self.tables.modes()[self.pattern]
 
     def escapes(self, symbols: Ints) -> int:
         return self.tables.escapes(symbols, self.pattern)

@@ -191,6 +191,16 @@ class HiddenTree:
     def bits(self, symbols: Ints) -> float:
         return float((kernels.PRECISION - np.log2(self._slots(symbols)[1])).sum())
 
+    def typical(self) -> Symbols:
+        state = np.zeros((len(self.parent), len(self.root)))
+        state[0] = self.root
+        for node in range(1, len(state)):
+            state[node] = state[self.parent[node]] @ self.transition[node] / TOTAL
+        likely = np.einsum("nz,nvz->nv", state, self.emission[:, :-1].astype(np.float64))
+        found = np.empty(len(state), np.int32)
+        found[self.order] = likely.argmax(1) + self.offset
+        return found
+
     def escapes(self, symbols: Ints) -> int:
         return self._slots(symbols)[2]
 

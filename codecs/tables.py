@@ -111,6 +111,12 @@ class Tables:
         digits = sum(int((outside >> (NIBBLE * n) > 0).sum()) for n in range(9))
         return cost + NIBBLE * (len(outside) + digits)
 
+    def modes(self) -> npt.NDArray[np.int32]:
+        """The likeliest symbol of each table (T,), the first of equal ones."""
+        ends = zip(self.first[:-1], self.lengths, strict=True)
+        places = [int(self.frequencies[lo : lo + length].argmax()) for lo, length in ends]
+        return self.offsets + np.array(places, np.int32)
+
     def escapes(self, symbols: Ints, pattern: Ints) -> int:
         """How many symbols (N, D) have no entry."""
         return int((self._entries(symbols, pattern)[1] >= 0).sum())

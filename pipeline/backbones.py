@@ -343,6 +343,48 @@ def feature_maps(model: nn.Module, x: Tensor) -> Tensor:
     return patches.transpose(1, 2).reshape(len(x), -1, side, side)
 
 
+class _Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def in_stages(model: nn.Module) -> dict[str, nn.Module]:
+    """A classifier cut where its maps change size: each stage is a function of the one before it.
+
+    The stages hold the network's own layers, by their names in a ResNet (``stem``, ``layer1`` and
+    so on, ``head``) or ``block1`` to ``head`` of a ConvNet.
+
+    Args:
+        model: a network that maps images (N, channels, H, W) to logits.
+
+    Raises:
+        UsageError: it is of another family.
+    """
+    if isinstance(model, ConvNet):
+        layers = list(model.features)
+        starts = [0, *(i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d))]
+        ends = [*starts[1:], len(layers)]
+        parts = [nn.Sequential(*layers[lo:hi]) for lo, hi in zip(starts, ends, strict=True)]
+        stages: dict[str, nn.Module] = {f"block{n}": part for n, part in enumerate(parts, 1)}
+        return {**stages, "head": nn.Sequential(_Mean(), model.linear)}
+    own = dict(model.named_children())
+    names = [name for name in own if name.startswith("layer") and name[5:].isdigit()]
+    last = own.get("fc", own.get("linear"))
+    if not names or last is None or "conv1" not in own or "bn1" not in own:
+        raise UsageError(
+            f"The network {type(model).__name__} has no stages that are known here.",
+            hint="Choose a ResNet, such as resnet20 or torchvision:resnet50, or convnet3.",
+            code="no-stages",
+        )
+    pool = [own["maxpool"]] if "maxpool" in own else []
+    stem = nn.Sequential(own["conv1"], own["bn1"], nn.ReLU(), *pool)
+    return {
+        "stem": stem,
+        **{name: own[name] for name in names},
+        "head": nn.Sequential(_Mean(), last),
+    }
+
+
 def load_weights(model: nn.Module, arrays: Mapping[str, npt.NDArray[Any]], where: str) -> None:
     """Put a state dict of plain arrays into ``model``; every name and shape must fit.
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -125,3 +126,16 @@ def shifted(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
     return x.permute(0, 2, 3, 1)[image, line[0][:, :, None], line[1][:, None, :]].permute(
         0, 3, 1, 2
     )
+
+
+def task_loss(
+    answers: Tensor, labels: Tensor, teacher: nn.Module, x: Tensor, share: float
+) -> Tensor:
+    """Cross-entropy of labels, and with ``share`` the divergence from a teacher's logits of x."""
+    loss = (1 - share) * F.cross_entropy(answers, labels)
+    if share:
+        with torch.no_grad():
+            wanted = F.log_softmax(teacher(x), 1)
+        given = F.log_softmax(answers, 1)
+        loss = loss + share * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+    return loss

@@ -13,6 +13,7 @@ from pipeline import __version__
 RECIPES = {
     "distill": "a few synthetic images a class with soft labels (CDA and beyond)",
     "prune": "the samples that are worth keeping: scores, duplicates, a selection",
+    "compress-features": "what a classifier needs of an image in a hundred bytes, for any tail",
     "compress-model": "a classifier in few bytes: its weights as low-rank codes",
     "codebook": "k-means centres of patch features, for tokenizers with very many codes",
     "tokenize": "tokens of all images, packed, in a store for generators",
@@ -142,6 +143,23 @@ def _compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="PATH", help="output folder, or its URL")
 
 
+def _features_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
+    settings = parser.add_argument_group("recipe")
+    settings.add_argument("--preset", metavar="NAME", help="small (default) or resnet50")
+    settings.add_argument(
+        "--teacher-weights", metavar="FILE", help="the network's .safetensors or .npz"
+    )
+    settings.add_argument("--teacher-backbone", metavar="NAME", help="the network")
+    settings.add_argument(
+        "--encoder", metavar="PATH", help="output of an earlier run, to which a tail is added"
+    )
+    settings.add_argument("--beta", type=float, help="weight of a bit: larger makes fewer bytes")
+    settings.add_argument("--budget", type=int, metavar="BYTES", help="that no image may exceed")
+    settings.add_argument("--format", help="parquet (default) or zarr")
+    parser.add_argument("--out", metavar="PATH", help="output folder, or its URL")
+
+
 def _codebook_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
     settings = parser.add_argument_group("recipe")
@@ -193,6 +211,7 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
 OWN_OPTIONS = {
     "distill": _distill_options,
     "prune": _prune_options,
+    "compress-features": _features_options,
     "compress-model": _compress_options,
     "codebook": _codebook_options,
     "tokenize": _tokenize_options,

@@ -92,9 +92,16 @@ def status_text(found: Status) -> str:
 
 
 def _code_lines(summary: dict[str, Any]) -> list[str]:
-    """What a network's codes, or those of a codebook, came to."""
+    """What codes of a network, of a codebook or of features came to."""
     lines = []
-    if size := summary.get("bytes"):
+    size = summary.get("bytes", {})
+    if "mean" in size:
+        hits = summary["accuracy"]
+        lines.append(
+            f"{size['mean']:.1f} bytes an image (99 in 100 have {size['p99']:.0f} at most); "
+            f"accuracy {hits['tail']:.2f}%, of whole images {hits['teacher']:.2f}%"
+        )
+    elif size:
         before, after = (summary["accuracy"][name] for name in ("teacher", "compressed"))
         lines.append(
             f"{size['file']:,} bytes, {size['ratio']:.1f} times less; accuracy {after:.2f}%, "
@@ -142,7 +149,8 @@ def summary_text(summary: dict[str, Any]) -> str:
     lines += _code_lines(summary)
     if psnr := summary.get("psnr"):
         lines += grid([("tokens", "PSNR, dB"), *((k, f"{v:.2f}") for k, v in psnr.items())])
-    for name, split in summary.get("splits", {}).items():
+    tokens = {n: s for n, s in summary.get("splits", {}).items() if "tokens" in s}
+    for name, split in tokens.items():
         each = split["token_bytes"] / max(split["samples"], 1)
         lines.append(
             f"{name + ':':<8} {split['samples']:,} samples, {split['tokens']:,} tokens in "

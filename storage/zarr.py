@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import pyarrow as pa
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.dtype import VariableLengthBytes
+from zarr.registry import get_codec_class
 
 from pipeline.digest import digest
 from pipeline.errors import PipelineError, RunError, UsageError
@@ -36,13 +38,20 @@ class ZarrFormat:
 
     Every shard but the last must have the same number of rows: shard ``i`` then is one file of
     each array, and workers write files that no other worker touches.
+
+    Args:
+        serializers: codecs of arrays that have one of their own: column, and the codec's metadata
+            as JSON.
     """
+
+    serializers: tuple[tuple[str, str], ...] = ()
 
     name: ClassVar[str] = "zarr"
     regular: ClassVar[bool] = True
 
     def write(self, table: pa.Table, directory: Path, region: Region) -> None:
         stop = region.offset + table.num_rows
+        serializers = {column: json.loads(codec) for column, codec in self.serializers}
         with quiet():
             group = zarr.open_group(directory / NAME, mode="w", zarr_format=3)
             for column in table.column_names:
@@ -53,7 +62,11 @@ class ZarrFormat:
                     dtype=_stored_type(table[column].type, values),
                     chunks=(_chunk_rows(values, region.shard_rows), *values.shape[1:]),
                     shards=(region.shard_rows, *values.shape[1:]),
-                    compressors=[ZstdCodec(level=3, checksum=True), Crc32cCodec()],
+                    serializer=_serializer(serializers.get(column)),
+                    compressors=[
+                        *([] if column in serializers else [ZstdCodec(level=3, checksum=True)]),
+                        Crc32cCodec(),
+                    ],
                     # A chunk of zeros is data: only then is a missing file known to be missing.
                     config={"write_empty_chunks": True},
                 )
@@ -76,6 +89,11 @@ class ZarrFormat:
                     ) from error
                 columns[column] = _arrow(array, values)
         return pa.table(columns)
+
+
+def _serializer(codec: dict[str, Any] | None) -> Any:
+    """The codec with this metadata; what Zarr takes for the type where there is none."""
+    return "auto" if codec is None else get_codec_class(codec["name"]).from_dict(codec)
 
 
 def _values(name: str, column: pa.ChunkedArray) -> npt.NDArray[Any]:

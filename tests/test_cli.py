@@ -82,6 +82,17 @@ TRAIN_TOKENIZER = {
     "--preset": "preset",
     "--codebook": "codebook",
 }
+FEATURES = {
+    **RUN_OPTIONS,
+    "--out": "out",
+    "--preset": "preset",
+    "--teacher-weights": "teacher_weights",
+    "--teacher-backbone": "teacher_backbone",
+    "--encoder": "encoder",
+    "--beta": "beta",
+    "--budget": "budget",
+    "--format": "format",
+}
 COMPRESS = {
     **RUN_OPTIONS,
     "--out": "out",
@@ -120,6 +131,7 @@ def test_the_command_line_is_frozen():
             "-h/--help": "help",
             "distill": DISTILL,
             "prune": PRUNE,
+            "compress-features": FEATURES,
             "compress-model": COMPRESS,
             "codebook": CODEBOOK,
             "tokenize": TOKENIZE,
@@ -130,6 +142,7 @@ def test_the_command_line_is_frozen():
             "-h/--help": "help",
             "distill": {**DISTILL, "--gpu": "gpu"},
             "prune": PRUNE,
+            "compress-features": FEATURES,
             "compress-model": COMPRESS,
             "codebook": CODEBOOK,
             "tokenize": TOKENIZE,

@@ -33,6 +33,7 @@ recipes: Registry[Recipe] = Registry(
     "recipe",
     {
         "codebook": "pipeline.recipes.codebook:RECIPE",
+        "compress-features": "pipeline.recipes.compress_features:RECIPE",
         "compress-model": "pipeline.recipes.compress_model:RECIPE",
         "convert": "pipeline.recipes.convert:RECIPE",
         "distill": "pipeline.recipes.distill:RECIPE",
