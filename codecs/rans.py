@@ -25,7 +25,6 @@ Ints = npt.NDArray[np.integer[Any]]
 
 _U = np.uint64
 _LEAST = np.uint64(2**31)
-_WORD = np.uint64(0xFFFFFFFF)
 _SLOT = np.uint64(0xFFFF)
 MOST_DIGITS = 9
 """Digits of the largest number that a symbol of 32 bits can leave to an escape."""
@@ -87,7 +86,7 @@ def decode(data: bytes, which: Ints, tables: Tables, *, lanes: int = 1) -> npt.N
     shift = np.uint32(PRECISION - (tables.guide.shape[1].bit_length() - 1))
     own = _kernel(tables), _slots(tables), tables.guide, shift
     at = _decode(words, tokens, *own, states, out, lanes == 4)
-    whole = at == len(words) - 1 and (states[1:] == _LEAST).all()
+    whole = int(at) == len(words) - 1 and (states[1:] == _LEAST).all()
     if not whole or int(states[0]) != 2**31 | check(out):
         raise CorruptError
     return out
@@ -206,22 +205,21 @@ _inline: Any = njit(nogil=True, cache=True, error_model="numpy", inline="always"
 
 
 @_inline
-def _push(x, words, at, entry):  # type: ignore[no-untyped-def]
-    reciprocal, packed = entry[0], entry[1]
+def _push(x, words, at, factor, packed):  # type: ignore[no-untyped-def]
     frequency = packed >> _U(40)
-    words[at - 1] = np.uint32(x & _WORD)
-    due = x >= frequency << _U(47)
-    at -= np.int64(due)
-    x >>= _U(32) * _U(due)
-    quotient = _upper(x, reciprocal) >> ((packed >> _U(32)) & _U(31))
+    words[at - _U(1)] = np.uint32(x)
+    due = _U(x >= frequency << _U(47))
+    at -= due
+    x >>= due << _U(5)
+    quotient = _upper(x, factor) >> ((packed >> _U(32)) & _U(31))
     return x + (packed & _U(0x1FFFF)) + quotient * (_U(65536) - frequency), at
 
 
 @compiled
 def _push_digit(x, words, at, digit):  # type: ignore[no-untyped-def]
     if x >= _U(2**59):
-        at -= 1
-        words[at] = np.uint32(x & _WORD)
+        at -= _U(1)
+        words[at] = np.uint32(x)
         x >>= _U(32)
     return ((x >> _U(12)) << _U(16)) + (_U(digit) << _U(12)) + (x & _U(4095)), at
 
@@ -239,47 +237,55 @@ def _put(states, lane, words, at, value, table, entries):  # type: ignore[no-unt
             x, at = _push_digit(x, words, at, (raw >> (4 * n)) & 15)
         x, at = _push_digit(x, words, at, count)
         place = length
-    states[lane], at = _push(x, words, at, entries[table[2] + place])
+    entry = table[2] + place
+    states[lane], at = _push(x, words, at, entries[entry, 0], entries[entry, 1])
     return at
 
 
 @compiled
 def _encode(values, which, tables, entries, states, words, four):  # type: ignore[no-untyped-def]
-    at, end = len(words), len(values)
+    # Unsigned indices: of signed ones each would be asked whether it counts from the end.
+    at, turns, x = _U(len(words)), len(values) // 4 * 4 if four else 0, states[0]
     if four:
-        turns = end // 4 * 4
-        for t in range(end - 1, turns - 1, -1):
-            at = _put(states, t % 4, words, at, np.int64(values[t]), tables[which[t]], entries)
-        end = 0
-        a, b, c, d = states
-        for t in range(turns - 4, -1, -4):
-            wa, wb, wc, wd = which[t], which[t + 1], which[t + 2], which[t + 3]
-            pa, pb = values[t] - tables[wa, 0], values[t + 1] - tables[wb, 0]
-            pc, pd = values[t + 2] - tables[wc, 0], values[t + 3] - tables[wd, 0]
-            inside = (_U(pa) < _U(tables[wa, 1])) & (_U(pb) < _U(tables[wb, 1]))
-            if inside & (_U(pc) < _U(tables[wc, 1])) & (_U(pd) < _U(tables[wd, 1])):
-                d, at = _push(d, words, at, entries[tables[wd, 2] + pd])
-                c, at = _push(c, words, at, entries[tables[wc, 2] + pc])
-                b, at = _push(b, words, at, entries[tables[wb, 2] + pb])
-                a, at = _push(a, words, at, entries[tables[wa, 2] + pa])
+        for n in range(len(values) - 1, turns - 1, -1):
+            at = _put(states, n % 4, words, at, np.int64(values[n]), tables[which[n]], entries)
+    else:
+        for n in range(len(values) - 1, -1, -1):
+            t = _U(n)
+            w = _U(which[t])
+            place = _U(values[t] - tables[w, 0])
+            if place < _U(tables[w, 1]):
+                e = _U(tables[w, 2]) + place
+                x, at = _push(x, words, at, entries[e, 0], entries[e, 1])
             else:
-                states[0], states[1], states[2], states[3] = a, b, c, d
-                for lane in range(3, -1, -1):
-                    value, table = np.int64(values[t + lane]), tables[which[t + lane]]
-                    at = _put(states, lane, words, at, value, table, entries)
-                a, b, c, d = states
-        states[0], states[1], states[2], states[3] = a, b, c, d
-    x = states[0]
-    for t in range(end - 1, -1, -1):
-        w = which[t]
-        place = values[t] - tables[w, 0]
-        if _U(place) < _U(tables[w, 1]):
-            x, at = _push(x, words, at, entries[tables[w, 2] + place])
+                states[0] = x
+                at = _put(states, 0, words, at, np.int64(values[t]), tables[w], entries)
+                x = states[0]
+        states[0] = x
+    a, b, c, d = states
+    for n in range(turns - 4, -1, -4):
+        t = _U(n)
+        wa, wb = _U(which[t]), _U(which[t + _U(1)])
+        wc, wd = _U(which[t + _U(2)]), _U(which[t + _U(3)])
+        pa, pb = _U(values[t] - tables[wa, 0]), _U(values[t + _U(1)] - tables[wb, 0])
+        pc, pd = _U(values[t + _U(2)] - tables[wc, 0]), _U(values[t + _U(3)] - tables[wd, 0])
+        inside = (pa < _U(tables[wa, 1])) & (pb < _U(tables[wb, 1]))
+        if inside & (pc < _U(tables[wc, 1])) & (pd < _U(tables[wd, 1])):
+            e = _U(tables[wd, 2]) + pd
+            d, at = _push(d, words, at, entries[e, 0], entries[e, 1])
+            e = _U(tables[wc, 2]) + pc
+            c, at = _push(c, words, at, entries[e, 0], entries[e, 1])
+            e = _U(tables[wb, 2]) + pb
+            b, at = _push(b, words, at, entries[e, 0], entries[e, 1])
+            e = _U(tables[wa, 2]) + pa
+            a, at = _push(a, words, at, entries[e, 0], entries[e, 1])
         else:
-            states[0] = x
-            at = _put(states, 0, words, at, np.int64(values[t]), tables[w], entries)
-            x = states[0]
-    states[0] = x
+            states[0], states[1], states[2], states[3] = a, b, c, d
+            for lane in range(3, -1, -1):
+                value, table = np.int64(values[n + lane]), tables[which[n + lane]]
+                at = _put(states, lane, words, at, value, table, entries)
+            a, b, c, d = states
+    states[0], states[1], states[2], states[3] = a, b, c, d
     return at
 
 
@@ -288,15 +294,15 @@ def _pull(x, words, at, last, low, frequency):  # type: ignore[no-untyped-def]
     x = _U(frequency) * (x >> _U(16)) + (x & _SLOT) - _U(low)
     due = x < _LEAST
     word = _U(words[min(at, last)])
-    return (x << _U(32) | word if due else x), at + np.int64(due)
+    return (x << _U(32) | word if due else x), at + _U(due)
 
 
 @_inline
 def _find(x, table, shift, guide, entries):  # type: ignore[no-untyped-def]
     slot = np.uint32(x & _SLOT)
-    entry = np.int64(guide[table, slot >> shift])
+    entry = _U(guide[table, _U(slot >> shift)])
     while entries[entry, 1] <= slot:
-        entry += 1
+        entry += _U(1)
     return entry
 
 
@@ -305,7 +311,7 @@ def _get(states, lane, words, at, last, entry, table, entries):  # type: ignore[
     """The symbol of an entry, or what follows an escape; all words count as read if it is none."""
     low = entries[entry, 0]
     x, at = _pull(states[lane], words, at, last, low, entries[entry, 1] - low)
-    place = entry - table[2]
+    place = np.int64(entry) - table[2]
     if place == table[1]:
         count = np.int64(x & _SLOT) >> 12
         x, at = _pull(x, words, at, last, count << 12, 4096)
@@ -316,60 +322,59 @@ def _get(states, lane, words, at, last, entry, table, entries):  # type: ignore[
             raw |= digit << (4 * n)
         place = -(raw >> 1) - 1 if raw & 1 else (raw >> 1) + place
         if count > MOST_DIGITS or not -(2**31) <= place + table[0] < 2**31:
-            at = last + 1
+            at = last + _U(1)
     states[lane] = x
     return place + table[0], at
 
 
 @compiled
 def _decode(words, which, tables, entries, guide, shift, states, out, four):  # type: ignore[no-untyped-def]
-    at, last, start = 0, len(words) - 1, 0
+    at, last, turns = _U(0), _U(len(words) - 1), len(out) // 4 * 4 if four else 0
+    a, b, c, d = states
+    for n in range(0, turns, 4):
+        t = _U(n)
+        wa, wb = _U(which[t]), _U(which[t + _U(1)])
+        wc, wd = _U(which[t + _U(2)]), _U(which[t + _U(3)])
+        ea, eb = _find(a, wa, shift, guide, entries), _find(b, wb, shift, guide, entries)
+        ec, ed = _find(c, wc, shift, guide, entries), _find(d, wd, shift, guide, entries)
+        if (entries[ea, 2] | entries[eb, 2] | entries[ec, 2] | entries[ed, 2]) == 0:
+            low = entries[ea, 0]
+            a, at = _pull(a, words, at, last, low, entries[ea, 1] - low)
+            low = entries[eb, 0]
+            b, at = _pull(b, words, at, last, low, entries[eb, 1] - low)
+            low = entries[ec, 0]
+            c, at = _pull(c, words, at, last, low, entries[ec, 1] - low)
+            low = entries[ed, 0]
+            d, at = _pull(d, words, at, last, low, entries[ed, 1] - low)
+            out[t] = np.int32(entries[ea, 3])
+            out[t + _U(1)] = np.int32(entries[eb, 3])
+            out[t + _U(2)] = np.int32(entries[ec, 3])
+            out[t + _U(3)] = np.int32(entries[ed, 3])
+        else:
+            states[0], states[1], states[2], states[3] = a, b, c, d
+            for lane in range(4):
+                w = which[n + lane]
+                e = _find(states[lane], _U(w), shift, guide, entries)
+                out[n + lane], at = _get(states, lane, words, at, last, e, tables[w], entries)
+            a, b, c, d = states
+    states[0], states[1], states[2], states[3] = a, b, c, d
     if four:
-        start = len(out) // 4 * 4
-        a, b, c, d = states
-        for t in range(0, start, 4):
-            wa, wb, wc, wd = which[t], which[t + 1], which[t + 2], which[t + 3]
-            ea, eb = _find(a, wa, shift, guide, entries), _find(b, wb, shift, guide, entries)
-            ec, ed = _find(c, wc, shift, guide, entries), _find(d, wd, shift, guide, entries)
-            ia, ib = entries[ea, 2], entries[eb, 2]
-            ic, id_ = entries[ec, 2], entries[ed, 2]
-            if (ia | ib | ic | id_) == 0:
-                low = entries[ea, 0]
-                a, at = _pull(a, words, at, last, low, entries[ea, 1] - low)
-                low = entries[eb, 0]
-                b, at = _pull(b, words, at, last, low, entries[eb, 1] - low)
-                low = entries[ec, 0]
-                c, at = _pull(c, words, at, last, low, entries[ec, 1] - low)
-                low = entries[ed, 0]
-                d, at = _pull(d, words, at, last, low, entries[ed, 1] - low)
-                out[t] = np.int32(entries[ea, 3])
-                out[t + 1] = np.int32(entries[eb, 3])
-                out[t + 2] = np.int32(entries[ec, 3])
-                out[t + 3] = np.int32(entries[ed, 3])
-            else:
-                states[0], states[1], states[2], states[3] = a, b, c, d
-                for lane in range(4):
-                    w = which[t + lane]
-                    e = _find(states[lane], w, shift, guide, entries)
-                    out[t + lane], at = _get(states, lane, words, at, last, e, tables[w], entries)
-                a, b, c, d = states
-        states[0], states[1], states[2], states[3] = a, b, c, d
-        for t in range(start, len(out)):
-            w = which[t]
-            e = _find(states[t % 4], w, shift, guide, entries)
-            out[t], at = _get(states, t % 4, words, at, last, e, tables[w], entries)
+        for n in range(turns, len(out)):
+            w = which[n]
+            e = _find(states[n % 4], _U(w), shift, guide, entries)
+            out[n], at = _get(states, n % 4, words, at, last, e, tables[w], entries)
         return at
-    x = states[0]
-    for t in range(len(out)):
-        w = which[t]
-        e = _find(x, w, shift, guide, entries)
+    for n in range(len(out)):
+        t = _U(n)
+        w = _U(which[t])
+        e = _find(a, w, shift, guide, entries)
         if entries[e, 2]:
-            states[0] = x
+            states[0] = a
             out[t], at = _get(states, 0, words, at, last, e, tables[w], entries)
-            x = states[0]
+            a = states[0]
         else:
             low = entries[e, 0]
-            x, at = _pull(x, words, at, last, low, entries[e, 1] - low)
+            a, at = _pull(a, words, at, last, low, entries[e, 1] - low)
             out[t] = np.int32(entries[e, 3])
-    states[0] = x
+    states[0] = a
     return at

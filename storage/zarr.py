@@ -40,18 +40,17 @@ class ZarrFormat:
     each array, and workers write files that no other worker touches.
 
     Args:
-        serializers: codecs of arrays that have one of their own: column, and the codec's metadata
-            as JSON.
+        serializers: JSON: metadata of the codecs of arrays that have one of their own, by column.
     """
 
-    serializers: tuple[tuple[str, str], ...] = ()
+    serializers: str = "{}"
 
     name: ClassVar[str] = "zarr"
     regular: ClassVar[bool] = True
 
     def write(self, table: pa.Table, directory: Path, region: Region) -> None:
         stop = region.offset + table.num_rows
-        serializers = {column: json.loads(codec) for column, codec in self.serializers}
+        serializers = json.loads(self.serializers)
         with quiet():
             group = zarr.open_group(directory / NAME, mode="w", zarr_format=3)
             for column in table.column_names:

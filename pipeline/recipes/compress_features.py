@@ -268,7 +268,7 @@ def _stored(
     made = run.map(f"{name}-rows", split, [stage], to=ParquetFormat())
     rows = sum(shard.rows or 0 for shard in made.shards)
     codec = BitstreamCodec.of(model_from_arrays(read_arrays(entropy)))
-    fmt = ZarrFormat((("latents", json.dumps(codec.to_dict())),))
+    fmt = ZarrFormat(json.dumps({"latents": codec.to_dict()}))
     return run.map(name, EvenSource(made, max(1, min(rows, ROWS))), [], to=fmt), made
 
 
