@@ -33,7 +33,7 @@ from pipeline.codecs.low_rank_vq import CodeConfig, cluster, plan_layers, sub_ve
 from pipeline.config import build, merge
 
 targets: list[dict[str, Any]] = []
-POINTS = ({"m": 4, "k": 256}, {"m": 8, "k": 64}, {"m": 16, "k": 32}, {"m": 36, "k": 16})
+POINTS = ({"m": 4, "k": 256}, {"m": 8, "k": 64}, {"m": 36, "k": 16})
 """Sub-vectors and codes, from small ratios to large ones."""
 SWEPT = POINTS[1]
 

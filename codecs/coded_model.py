@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import backbones
+from pipeline.codecs import rans
 from pipeline.codecs.low_rank_vq import CodedLayer, Directions, Floats, cluster, sub_vectors
+from pipeline.codecs.tables import SMOOTHING, Tables
 from pipeline.digest import dumps
 from pipeline.errors import RunError
 
@@ -188,7 +190,7 @@ class Size:
     """Bytes of a coded network.
 
     Attributes:
-        codes: packed.
+        codes: packed or entropy-coded, with their frequencies.
         codebooks: float16.
         bases: float16.
         rest: what is not coded, float32: first layer, normalisation, biases.
@@ -205,8 +207,8 @@ class Size:
 def to_arrays(model: nn.Module, layers: Sequence[CodedLayer], about: Mapping[str, Any]) -> Arrays:
     """A network from :func:`to_codes` as arrays: all that there is to it.
 
-    Codes are packed, low bits first; codebooks and bases are float16; the rest is as it is, and
-    counters of batches are left out.
+    Codes are packed, or entropy-coded where that takes less; codebooks and bases are float16; the
+    rest is as it is, and counters of batches are left out.
 
     Args:
         model: the network.
@@ -217,7 +219,7 @@ def to_arrays(model: nn.Module, layers: Sequence[CodedLayer], about: Mapping[str
     for layer in layers:
         module = cast("CodedWeight", cast("WithWeight", model.get_submodule(layer.name)).weight)
         codes = module.codes.cpu().numpy()
-        arrays[f"{layer.name}:codes"] = pack(codes, layer.code_bits)
+        arrays |= {f"{layer.name}:{kind}": v for kind, v in code_arrays(codes, layer.k).items()}
         for name, value in (("codebook", module.codebook), ("basis", module.basis)):
             if value is not None:
                 half = value.detach().cpu().to(torch.float16).numpy()
@@ -274,12 +276,50 @@ def layer_table(
     codebook = arrays[f"{layer.name}:codebook"].astype(np.float32)
     basis = arrays.get(f"{layer.name}:basis")
     table = codebook if basis is None else codebook @ basis.astype(np.float32).T
-    return table, unpack(arrays[f"{layer.name}:codes"], layer.code_bits, layer.vectors)
+    return table, codes_of(arrays, layer)
+
+
+def code_arrays(codes: npt.NDArray[Any], k: int) -> Arrays:
+    """Codes below k packed, or coded by their frequencies with these beside them, if that is less.
+
+    Returns:
+        ``codes``, and with them ``frequencies``, less 1, where they are coded.
+    """
+    packed = pack(codes, (k - 1).bit_length())
+    counts = np.bincount(codes, minlength=k) + SMOOTHING
+    tables = Tables.of([np.append(counts, 0.0)], [0])
+    coded = np.frombuffer(rans.encode(codes, np.zeros_like(codes), tables), np.uint8)
+    frequencies = tables.to_arrays()["frequencies"]
+    if coded.nbytes + frequencies.nbytes < packed.nbytes:
+        return {"codes": coded, "frequencies": frequencies}
+    return {"codes": packed}
+
+
+def codes_of(arrays: Mapping[str, npt.NDArray[Any]], layer: CodedLayer) -> npt.NDArray[np.int64]:
+    """The codes of a layer (n,).
+
+    Raises:
+        RunError: they are damaged.
+    """
+    data, kept = arrays[f"{layer.name}:codes"], arrays.get(f"{layer.name}:frequencies")
+    if kept is None:
+        return unpack(data, layer.code_bits, layer.vectors)
+    frequencies = kept.astype(np.uint32) + 1
+    tables = Tables(np.array([layer.k], np.int32), np.zeros(1, np.int32), frequencies)
+    try:
+        which = np.zeros(layer.vectors, np.uint16)
+        return rans.decode(data.tobytes(), which, tables).astype(np.int64)
+    except rans.CorruptError:
+        raise RunError(
+            f"The codes of the layer '{layer.name}' are damaged.",
+            hint="Fetch the file again.",
+            code="bad-codes",
+        ) from None
 
 
 def size_of(arrays: Mapping[str, npt.NDArray[Any]]) -> Size:
     """What a coded network takes, without names and the plan."""
-    parts = dict.fromkeys(("codes", "codebook", "basis"), 0)
+    parts = dict.fromkeys(("codes", "frequencies", "codebook", "basis"), 0)
     rest = 0
     for name, value in arrays.items():
         _, colon, kind = name.rpartition(":")
@@ -289,7 +329,8 @@ def size_of(arrays: Mapping[str, npt.NDArray[Any]]) -> Size:
             rest += value.nbytes
     layers = plan_of(arrays)["layers"]
     dense = rest + sum(4 * layer.vectors * layer.m for layer in layers)
-    return Size(parts["codes"], parts["codebook"], parts["basis"], rest, dense)
+    codes = parts["codes"] + parts["frequencies"]
+    return Size(codes, parts["codebook"], parts["basis"], rest, dense)
 
 
 def pack(codes: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:

@@ -23,6 +23,8 @@ from pipeline.codecs import coded_model
 from pipeline.codecs.coded_model import (
     CodedWeight,
     LowRankWeight,
+    code_arrays,
+    codes_of,
     from_arrays,
     layer_table,
     pack,
@@ -230,7 +232,7 @@ def test_what_is_read_is_the_formula_in_float64(d: int) -> None:
     arrays = to_arrays(model, layers, ABOUT)
     _, state = from_arrays(arrays)
     for layer in layers:
-        codes = unpack(arrays[f"{layer.name}:codes"], layer.code_bits, layer.vectors)
+        codes = codes_of(arrays, layer)
         module = model.get_submodule(layer.name)
         assert isinstance(module.weight, CodedWeight)
         assert np.array_equal(codes, module.weight.codes.numpy())
@@ -336,6 +338,23 @@ def test_the_stated_bytes_are_those_of_the_file(compressed: Path) -> None:
     state = backbones.build("convnet3", 10, 1).state_dict()
     whole = sum(4 * value.numel() for name, value in state.items() if "num" not in name)
     assert size.dense == whole
+
+
+@pytest.mark.parametrize(
+    ("count", "even", "coded"), [(600, False, False), (40_000, False, True), (40_000, True, False)]
+)
+def test_codes_are_coded_where_that_takes_less(count: int, even: bool, coded: bool) -> None:
+    shares = None if even else RNG.dirichlet(np.full(64, 2.0))
+    codes = RNG.choice(64, count, p=shares).astype(np.int64)
+    layer = replace(LAYER, name="a", shape=(count // 8, 64), m=8, k=64)
+    made = {f"a:{kind}": values for kind, values in code_arrays(codes[: layer.vectors], 64).items()}
+    assert ("a:frequencies" in made) == coded
+    assert (codes_of(made, layer) == codes[: layer.vectors]).all()
+    if coded:
+        assert sum(v.nbytes for v in made.values()) < pack(codes, 6).nbytes
+        made["a:codes"] = made["a:codes"][:-4]
+        with pytest.raises(RunError, match="codes of the layer 'a' are damaged"):
+            codes_of(made, layer)
 
 
 def test_the_rebuilt_network_is_a_teacher(compressed: Path, tmp_path: Path) -> None:

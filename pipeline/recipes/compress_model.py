@@ -190,7 +190,7 @@ def compress_model(run: Run, data: Dataset, config: CompressConfig) -> dict[str,
     write = WriteCodes(teacher, second, ModelFiles.fitted(coded))
     compressed = run.rounds("compressed", write, test, "key", parts=1)
     rebuilt = run.fit("rebuilt", replace(task, weights=CompressedWeights(compressed)), test=test)
-    size = compressed.metrics
+    size, arrays = compressed.metrics, read_arrays(compressed)
     file = compressed.files[FILE].bytes
     about = {
         "dataset": data.name,
@@ -201,7 +201,7 @@ def compress_model(run: Run, data: Dataset, config: CompressConfig) -> dict[str,
             "compressed": rebuilt.metrics["accuracy"],
         },
         "bytes": {**size, "file": file, "ratio": size["dense"] / file},
-        "layers": [_row(layer, curve) for layer, curve in zip(layers, curves, strict=True)],
+        "layers": [_row(*pair, arrays) for pair in zip(layers, curves, strict=True)],
         "left": [asdict(one) for one in left],
         "config": portable(config, "teacher"),
         "seed": run.seed,
@@ -224,11 +224,12 @@ def curves_of(arrays: Arrays) -> list[Curve]:
     ]
 
 
-def _row(layer: CodedLayer, curve: Curve) -> dict[str, Any]:
+def _row(layer: CodedLayer, curve: Curve, arrays: Arrays) -> dict[str, Any]:
     """A layer as the manifest tells of it."""
     errors = {"low_rank": curve.low_rank[layer.d - 1], "clustering": curve.clustering[layer.d - 1]}
-    size = sum(layer.bits.values()) / 8
-    return {**asdict(layer), "bytes": size, "ratio": layer.ratio, **errors}
+    size = sum(v.nbytes for n, v in arrays.items() if n.startswith(f"{layer.name}:"))
+    ratio = 4 * layer.vectors * layer.m / size
+    return {**asdict(layer), "bytes": size, "ratio": ratio, **errors}
 
 
 def _check(train: ArtifactSource, image: ImageConfig) -> None:

@@ -62,7 +62,7 @@ def report(
 def _bytes(size: Mapping[str, Any]) -> str:
     parts = {name: size[name] for name in ("codes", "codebooks", "bases", "rest")}
     rows = [
-        ("codes, packed", parts["codes"]),
+        ("codes, packed or entropy-coded", parts["codes"]),
         ("codebooks, float16", parts["codebooks"]),
         ("bases, float16", parts["bases"]),
         ("what is not coded, float32", parts["rest"]),
