@@ -29,6 +29,8 @@ from pipeline.tensors import is_tensor, tensor_column, to_numpy
 
 NAME = "data.zarr"
 SHARD_ROWS = 1000
+ZSTD = 3
+"""Level of compression."""
 COLUMNS = ("image", "label", "key")
 
 
@@ -63,7 +65,7 @@ class ZarrFormat:
                     shards=(region.shard_rows, *values.shape[1:]),
                     serializer=_serializer(serializers.get(column)),
                     compressors=[
-                        *([] if column in serializers else [ZstdCodec(level=3, checksum=True)]),
+                        *([] if column in serializers else [ZstdCodec(level=ZSTD, checksum=True)]),
                         Crc32cCodec(),
                     ],
                     # A chunk of zeros is data: only then is a missing file known to be missing.

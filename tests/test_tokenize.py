@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -300,5 +301,33 @@ def test_a_plan_ends_where_it_depends_on_what_is_trained(trained: Path, tmp_path
     assert (found["until"], found["todo"]) == ("tokenizer", True)
     config = {"tokenizer": str(trained), "tokens": 3}
     found = pipeline.api.plan("tokenize", "digits", out=tmp_path / "b", config=config)
-    assert [step["step"] for step in found["steps"]] == ["train-tokens"]
+    assert [step["step"] for step in found["steps"]] == ["train-tokens", "tables"]
     assert not (tmp_path / "b").exists()
+
+
+def test_tokens_are_coded_where_that_takes_less_and_read_back_the_same(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The digits are too few for tables to pay.
+    monkeypatch.setattr("pipeline.recipes.tokenize._pays", lambda *_: True)
+    stores = {how: tokenized(trained, tmp_path / how, entropy=how) for how in ("auto", "none")}
+    assert stores["auto"].keys == stores["none"].keys
+    assert torch.equal(stores["auto"].lengths, stores["none"].lengths)
+    rows = list(range(len(stores["auto"])))
+    assert torch.equal(stores["auto"].tokens(rows).values, stores["none"].tokens(rows).values)
+    for how in stores:
+        folder = next((tmp_path / how).glob("train-[0-9a-f]*")) / "data.zarr" / "tokens"
+        about = (folder / "zarr.json").read_text()
+        assert ("vision_pipeline.bitstream" in about) == (how == "auto")
+
+
+def test_tokens_of_which_none_is_likelier_are_left_to_zstd() -> None:
+    from pipeline.recipes.tokenize import CountTokens
+
+    draw = np.random.default_rng(0)
+    noise = draw.integers(0, 256, (400, 1, 12)).astype(np.uint8)
+    few = draw.choice(4, (4000, 1, 12), p=[0.7, 0.1, 0.1, 0.1]).astype(np.uint8)
+    for values, coded in ((noise, False), (few, True)):
+        table = pa.table({"tokens": tensor_column(values)})
+        source: Any = SimpleNamespace(tables=lambda table=table: [table])
+        assert bool(CountTokens(source).compute(0, 1)) == coded

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import torch
 from pydantic import Field, model_validator
 
+from pipeline.codecs.bitstream import compress
+from pipeline.codecs.choose_model import model_from_arrays
+from pipeline.codecs.entropy import StaticModel
+from pipeline.codecs.tables import Tables
+from pipeline.codecs.zarr_codec import BitstreamCodec
 from pipeline.config import Config
 from pipeline.datasets import Dataset
 from pipeline.errors import UsageError
+from pipeline.orchestration.rounds import OneRound
 from pipeline.orchestration.run import Run
 from pipeline.recipes import Recipe
 from pipeline.recipes.train_tokenizer import read_curves
@@ -26,15 +36,16 @@ from pipeline.stages.tokenize import (
     read_predictor,
     read_tokenizer,
 )
+from pipeline.storage.array_artifact import read_arrays
 from pipeline.storage.artifact import MANIFEST, Artifact, ArtifactSource
 from pipeline.storage.formats import Format
 from pipeline.storage.models import ModelFiles
 from pipeline.storage.parquet import ParquetFormat
 from pipeline.storage.regroup import EvenSource, GroupedSource, SampledSource
-from pipeline.storage.source import Source
 from pipeline.storage.store import open_store
 from pipeline.storage.webdataset import WebDatasetFormat
-from pipeline.storage.zarr import ZarrFormat
+from pipeline.storage.zarr import ZSTD, ZarrFormat
+from pipeline.tensors import to_numpy
 from pipeline.tokenizers.lengths import LengthRule, byte_costs, candidates, multiplier_for
 from pipeline.tokenizers.tokenizer import CONFIG, WEIGHTS
 from pipeline.tokenizers.tokens import VERSION
@@ -71,6 +82,11 @@ class TokenizeConfig(Config):
         "default for mean_bytes), or measured, which decodes each image some ten times",
     )
     format: Literal["zarr", "parquet", "webdataset"] = Field("zarr", description="of the store")
+    entropy: Literal["auto", "none"] = Field(
+        "auto",
+        description="in zarr, code tokens by how often each byte occurs at its place, where that "
+        "takes less than zstd; or always zstd",
+    )
 
     @model_validator(mode="after")
     def _one_rule(self) -> TokenizeConfig:
@@ -122,6 +138,30 @@ def open_tokenizer(path: str | Path) -> Opened:
     )
 
 
+@dataclass(frozen=True)
+class CountTokens(OneRound):
+    """Tables of packed tokens, one for each byte of a view; no arrays where zstd takes less.
+
+    Args:
+        tokens: with a column of that name, uint8 (V, bytes).
+    """
+
+    tokens: ArtifactSource
+
+    version: ClassVar[int] = 1
+
+    def compute(self, seed: int, threads: int) -> dict[str, npt.NDArray[Any]]:
+        packed = np.concatenate([to_numpy(table["tokens"]) for table in self.tokens.tables()])
+        views, width = packed.shape[1:]
+        flat, pattern = packed.reshape(-1, width), np.arange(width)
+        tables = Tables.counted(flat, pattern)
+        model = StaticModel(tables, np.tile(pattern, views).astype(np.uint16), (views, width))
+        return model.to_arrays() if _pays(packed, model) else {}
+
+    def metrics(self, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
+        return {"coded": bool(arrays)}
+
+
 def tokenize(run: Run, data: Dataset, config: TokenizeConfig) -> dict[str, Any]:
     """Tokenize both splits."""
     opened = open_tokenizer(config.tokenizer)
@@ -134,7 +174,15 @@ def tokenize(run: Run, data: Dataset, config: TokenizeConfig) -> dict[str, Any]:
     predictor = opened.predictor if rule.predicted else None
     stages: list[Stage] = [decode, Tokenize(opened.files, rule, config.views, size, predictor)]
     splits = {"train": data.train, **({"test": data.test} if data.test else {})}
-    made = {name: _write(run, name, split, stages, config) for name, split in splits.items()}
+    suffix = "" if config.format == "parquet" else "-tokens"
+    tokens = {
+        name: run.map(
+            f"{name}{suffix}", GroupedSource(split, SHARD_BYTES), stages, to=ParquetFormat()
+        )
+        for name, split in splits.items()
+    }
+    fmt = _format(run, tokens["train"], config)
+    made = {name: (_store(run, name, source, fmt), source) for name, source in tokens.items()}
     stores = {name: source.artifact for name, (source, _) in made.items()}
     form = tokenizer.form
     about = {
@@ -153,19 +201,32 @@ def tokenize(run: Run, data: Dataset, config: TokenizeConfig) -> dict[str, Any]:
     return {**{k: about[k] for k in ("dataset", "tokens", "views", "splits")}}
 
 
-def _write(
-    run: Run, name: str, source: Source, stages: list[Stage], config: TokenizeConfig
-) -> tuple[ArtifactSource, ArtifactSource]:
-    """The token store of a split, and the step that made the tokens."""
-    grouped = GroupedSource(source, SHARD_BYTES)
+def _format(run: Run, tokens: ArtifactSource, config: TokenizeConfig) -> Format | None:
+    """What the stores are written as; ``None`` where the tokens' own step is it."""
     if config.format == "parquet":
-        tokens = run.map(name, grouped, stages, to=ParquetFormat())
-        return tokens, tokens
-    tokens = run.map(f"{name}-tokens", grouped, stages, to=ParquetFormat())
+        return None
+    if config.format == "webdataset" or config.entropy == "none":
+        return FORMATS[config.format]
+    counted = run.rounds("tables", CountTokens(tokens), tokens, "key", parts=1)
+    if not counted.metrics["coded"]:
+        return FORMATS[config.format]
+    codec = BitstreamCodec.of(model_from_arrays(read_arrays(counted)))
+    return ZarrFormat(json.dumps({"tokens": codec.to_dict()}))
+
+
+def _store(run: Run, name: str, tokens: ArtifactSource, fmt: Format | None) -> ArtifactSource:
+    """The token store of a split."""
+    if fmt is None:
+        return tokens
     rows = sum(shard.rows or 0 for shard in tokens.shards)
-    fmt = FORMATS[config.format]
-    even = EvenSource(tokens, max(1, min(rows, ROWS[config.format])))
-    return run.map(name, even, [], to=fmt), tokens
+    return run.map(name, EvenSource(tokens, max(1, min(rows, ROWS[fmt.name]))), [], to=fmt)
+
+
+def _pays(packed: npt.NDArray[np.uint8], model: StaticModel) -> bool:
+    """Whether tokens in a bitstream, with its tables, take less than with zstd."""
+    coded = len(compress(packed, model)) + len(BitstreamCodec.of(model).model)
+    zstd = pa.Codec("zstd", compression_level=ZSTD)
+    return coded < len(zstd.compress(packed.tobytes(), asbytes=True))
 
 
 def _counts(source: ArtifactSource) -> dict[str, Any]:
