@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from pipeline.errors import UsageError
 
@@ -126,6 +126,19 @@ def build(kind: type[C], values: Mapping[str, Any]) -> C:
             hint="--print-config shows every name with its present value.",
             code="bad-config",
         ) from error
+
+
+def preset_of(kind: type[Config], values: Mapping[str, Any]) -> str:
+    """The preset that ``values`` name for a configuration, or its own where they name none.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    field = kind.model_fields["preset"]
+    annotation: Any = field.annotation
+    only = create_model("Preset", __base__=Config, preset=(annotation, field))
+    given = {"preset": values["preset"]} if "preset" in values else {}
+    return str(build(only, given).model_dump()["preset"])
 
 
 def dump_yaml(config: BaseModel) -> str:

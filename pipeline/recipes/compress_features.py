@@ -18,7 +18,7 @@ from pipeline.codecs.choose_model import Kind, choose_model, model_from_arrays
 from pipeline.codecs.feature_codec import Bottleneck, FeatureCodecConfig, FeatureSpec, read_spec
 from pipeline.codecs.feature_training import Mimic, TrainTail
 from pipeline.codecs.zarr_codec import BitstreamCodec
-from pipeline.config import Config, TrainConfig, build, merge
+from pipeline.config import Config, TrainConfig, merge, preset_of
 from pipeline.dataset_distill.config import SqueezeConfig
 from pipeline.datasets import Dataset
 from pipeline.errors import UsageError
@@ -52,7 +52,7 @@ Preset = Literal["small", "resnet50"]
 CPU = torch.device("cpu")
 ROWS = 1000
 """Images of a shard of latents in Zarr."""
-PRESETS: Mapping[Preset, dict[str, Any]] = {
+PRESETS: Mapping[str, dict[str, Any]] = {
     "small": {"codec": {"channels": 8}},
     # Of the SC2 benchmark, for 224 x 224 pixels: 24 x 55 x 55 latents.
     "resnet50": {
@@ -105,17 +105,13 @@ class CompressFeaturesConfig(Config):
     measured: int = Field(2000, ge=1, description="test images of a baseline, at most")
 
 
-class _Preset(Config):
-    preset: Preset = "small"
-
-
 def defaults(data: Dataset, values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for a data set, of the preset that ``values`` name.
 
     Raises:
         UsageError: there is no such preset.
     """
-    name = build(_Preset, {"preset": values["preset"]} if "preset" in values else {}).preset
+    name = preset_of(CompressFeaturesConfig, values)
     image = data.info.image if data.info else UNKNOWN
     return reduce(merge, [{"image": image, "teacher": teacher_defaults(data)}, PRESETS[name]])
 

@@ -22,7 +22,7 @@ from pipeline.codecs.low_rank_vq import (
     error_curves,
     plan_layers,
 )
-from pipeline.config import Config, TrainConfig, build, merge
+from pipeline.config import Config, TrainConfig, merge, preset_of
 from pipeline.dataset_distill.config import SqueezeConfig
 from pipeline.datasets import Dataset
 from pipeline.errors import UsageError
@@ -43,7 +43,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 Preset = Literal["small", "resnet18-29x", "resnet18-43x", "resnet50-19x", "resnet50-31x"]
 _FINE = {"epochs": 9, "batch_size": 128, "lr": 1e-3, "weight_decay": 0.0}
 _IMAGENET = {"low_rank": _FINE | {"epochs": 3}, "codes": _FINE}
-PRESETS: Mapping[Preset, dict[str, Any]] = {
+PRESETS: Mapping[str, dict[str, Any]] = {
     "small": {},
     # Sub-vectors, codes and epochs of PQF's settings, to whose sizes LR²VQ is compared.
     "resnet18-29x": _IMAGENET
@@ -73,17 +73,13 @@ class CompressConfig(Config):
     )
 
 
-class _Preset(Config):
-    preset: Preset = "small"
-
-
 def defaults(data: Dataset, values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for a data set, of the preset that ``values`` name.
 
     Raises:
         UsageError: there is no such preset.
     """
-    name = build(_Preset, {"preset": values["preset"]} if "preset" in values else {}).preset
+    name = preset_of(CompressConfig, values)
     image = data.info.image if data.info else UNKNOWN
     return reduce(merge, [{"image": image, "teacher": teacher_defaults(data)}, PRESETS[name]])
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.config import Config, build, merge
+from pipeline.config import Config, merge, preset_of
 from pipeline.dataset_distill.config import (
     RecoverConfig,
     RelabelConfig,
@@ -154,7 +154,7 @@ def defaults(data: Dataset, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: there is no such preset.
     """
-    preset = build(_Preset, {"preset": values["preset"]} if "preset" in values else {}).preset
+    preset = preset_of(DistillConfig, values)
     image = data.info.image if data.info else UNKNOWN
     kind = _kind(data.name if data.info else "", image["size"])
     layers = [{"preset": preset, "image": image, "teacher": TEACHERS[_teacher(kind)]}, CDA[kind]]
@@ -169,10 +169,6 @@ def teacher_defaults(data: Dataset) -> dict[str, Any]:
     """The classifier that is trained for a data set where none is given."""
     image = data.info.image if data.info else UNKNOWN
     return TEACHERS[_teacher(_kind(data.name if data.info else "", image["size"]))]
-
-
-class _Preset(Config):
-    preset: Literal["best", "cda", "sre2l"] = "best"
 
 
 def _kind(name: str, size: int) -> str:

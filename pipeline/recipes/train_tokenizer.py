@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from pipeline.backbones import Weights
-from pipeline.config import Config, TrainConfig, build, merge
+from pipeline.config import Config, TrainConfig, merge, preset_of
 from pipeline.datasets import Dataset
 from pipeline.errors import UsageError
 from pipeline.orchestration.run import Run
@@ -82,7 +82,7 @@ def defaults(data: Dataset, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: there is no such preset.
     """
-    name = build(_Preset, {"preset": values["preset"]} if "preset" in values else {}).preset
+    name = preset_of(TrainTokenizerConfig, values)
     image = data.info.image if data.info else UNKNOWN
     sized = {"channels": image.get("channels", 3)}
     if name == "tiny":
@@ -96,10 +96,6 @@ def defaults(data: Dataset, values: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in {None, published["tokenizer"]["quantizer"]["kind"]}:
         del published["tokenizer"]["quantizer"]  # its settings are none of the other kind's
     return merge(merge({"preset": name, "tokenizer": sized}, flip), published)
-
-
-class _Preset(Config):
-    preset: Preset = "tiny"
 
 
 def train_tokenizer(run: Run, data: Dataset, config: TrainTokenizerConfig) -> dict[str, Any]:
