@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 from safetensors.numpy import load
 
 from pipeline.digest import dumps
@@ -21,7 +22,7 @@ from pipeline.orchestration.steps import timed
 from pipeline.storage.array_artifact import FILE, Arrays, to_bytes
 from pipeline.storage.atomic import publish, with_digest, without_digest
 from pipeline.storage.features import read_columns
-from pipeline.storage.source import Shard, Source
+from pipeline.storage.source import Shard, Source, TableSource
 from pipeline.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -55,11 +56,12 @@ class RoundsTask(Protocol):
         """What is published, and metrics of plain JSON types."""
 
 
-class OneRound(ABC):
-    """A task that is done by one worker in one go: shards that it is offered are not read.
+ONE_ROUND = TableSource((("all", pa.table({"key": ["all"]})),))
+"""The shards of a task that needs none."""
 
-    It goes with ``parts=1``. What it needs is in its fields.
-    """
+
+class OneRound(ABC):
+    """A task that is done by one worker in one go; what it needs is in its fields."""
 
     @abstractmethod
     def compute(self, seed: int, threads: int) -> Arrays:

@@ -25,6 +25,8 @@ from pipeline.orchestration.memory import WORK, StepFolders, write_plan, write_s
 from pipeline.orchestration.progress import Progress
 from pipeline.orchestration.retry import RetrySource, in_quarantine
 from pipeline.orchestration.rounds import (
+    ONE_ROUND,
+    OneRound,
     PartUnit,
     PartWork,
     ResultWork,
@@ -280,6 +282,14 @@ class Run:
         artifact = self._rounds(name, identity, folders, (task, source, columns, parts))
         self.steps[artifact.name] = artifact
         return artifact
+
+    def compute(self, name: str, task: OneRound) -> Artifact:
+        """Arrays that one worker computes in one go, from what is in the task's fields.
+
+        Raises:
+            RunError: it failed.
+        """
+        return self.rounds(name, task, ONE_ROUND, "key", parts=1)
 
     def _rounds_step(
         self, name: str, task: RoundsTask, source: Source, columns: tuple[str, ...], parts: int

@@ -115,7 +115,7 @@ def codebook(run: Run, data: Dataset, config: CodebookConfig) -> dict[str, Any]:
     features = run.map("features", data.train, [decode, stage], to=ParquetFormat())
     run.require(lambda: _check_count(features, config.size))
     task = BuildCodebook(features, config.size, config.memory_mb * 2**20, config.refine)
-    made = run.rounds("codebook", task, features, "key", parts=1)
+    made = run.compute("codebook", task)
     codes = run.map("codes", features, [NearestCodes(made)], to=ParquetFormat())
     use = Use.of(codes, config.size)
     places, width = _shape(features)

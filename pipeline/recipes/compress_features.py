@@ -238,13 +238,13 @@ def _codec(
         codec, entropy = open_codec(config.encoder)
         given = replace(mimic, given=ModelFiles.fitted(codec))
         task = GivenEntropyModel(FittedArrays(entropy, tuple(read_arrays(entropy))))
-        return run.fit("codec", given, test=test), run.rounds("entropy", task, test, "key", parts=1)
+        return run.fit("codec", given, test=test), run.compute("entropy", task)
     codec = run.fit("codec", mimic, train=train, test=test)
     files = ModelFiles.fitted(codec)
     latents = run.map("latents", train, [EncodeLatents(files)], to=ParquetFormat())
     count = sum(split.artifact.manifest["counts"]["out"] for split in (train, test))
     chosen = ChooseEntropyModel(latents, files, count, config.entropy)
-    return codec, run.rounds("entropy", chosen, test, "key", parts=1)
+    return codec, run.compute("entropy", chosen)
 
 
 def _stored(

@@ -174,7 +174,7 @@ def compress_model(run: Run, data: Dataset, config: CompressConfig) -> dict[str,
     given = {"test": test} if task.given else {"train": train, "test": test}
     teacher = run.fit("teacher", task, **given)
     estimate = EstimateWidths(teacher, tuple(planned))
-    measured = run.rounds("widths", estimate, test, "key", parts=1)
+    measured = run.compute("widths", estimate)
     curves = curves_of(read_arrays(measured))
     layers = tuple(choose_widths(planned, curves, config.code))
     models = FittedModels(teacher, (UNIT,))
@@ -184,7 +184,7 @@ def compress_model(run: Run, data: Dataset, config: CompressConfig) -> dict[str,
     second = replace(first, train=config.codes, low_rank=files)
     coded = run.fit("coded", second, train=train, test=test)
     write = WriteCodes(teacher, second, ModelFiles.fitted(coded))
-    compressed = run.rounds("compressed", write, test, "key", parts=1)
+    compressed = run.compute("compressed", write)
     rebuilt = run.fit("rebuilt", replace(task, weights=CompressedWeights(compressed)), test=test)
     size, arrays = compressed.metrics, read_arrays(compressed)
     file = compressed.files[FILE].bytes

@@ -207,7 +207,7 @@ def _format(run: Run, tokens: ArtifactSource, config: TokenizeConfig) -> Format 
         return None
     if config.format == "webdataset" or config.entropy == "none":
         return FORMATS[config.format]
-    counted = run.rounds("tables", CountTokens(tokens), tokens, "key", parts=1)
+    counted = run.compute("tables", CountTokens(tokens))
     if not counted.metrics["coded"]:
         return FORMATS[config.format]
     codec = BitstreamCodec.of(model_from_arrays(read_arrays(counted)))
