@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from targets import last_line, target
 
 from pipeline.clustering.batched_kmeans import BatchedKMeans
 from pipeline.clustering.kmeans import KMeans
@@ -42,13 +43,6 @@ Floats = npt.NDArray[np.float32]
 SHAPES = ((200_000, 64, 1000), (100_000, 768, 1000), (50_000, 256, 4096))
 STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25)
 SLACK = 1.001
-targets: list[dict[str, Any]] = []
-
-
-def target(name: str, wanted: float, measured: float, *, most: bool = False) -> None:
-    met = measured <= wanted if most else measured >= wanted
-    targets.append({"name": name, "target": wanted, "measured": measured, "met": bool(met)})
-    print(f"  -> {name}: {measured:.3g}, target {wanted:g}, {'met' if met else 'missed'}")
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -419,7 +413,7 @@ def main() -> None:
     for name in options.only or PARTS:
         PARTS[name](options)
     if options.json:
-        print(json.dumps({"targets": targets}))
+        last_line()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from targets import last_line, target
 from torch import Tensor
 
 import pipeline
@@ -41,7 +42,7 @@ from pipeline.config import merge
 from pipeline.recipes.tokenize import CPU, open_tokenizer
 from pipeline.stages.tokenize import BATCH, read_tokenizer
 from pipeline.tokenizers.quality import psnr, squared_errors
-from tokenizers import images_of, target, targets
+from tokenizers import images_of
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"codes": "learned", "metric": "euclidean", "width": 32, "standardize": False},
@@ -203,7 +204,7 @@ def main() -> None:
         for name in options.only or PARTS:
             PARTS[name](options)
     if options.json:
-        print(json.dumps({"targets": targets}))
+        last_line()
 
 
 if __name__ == "__main__":

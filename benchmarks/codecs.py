@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import copy
 import io
-import json
 import os
 import shutil
 import statistics
@@ -40,6 +39,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 from PIL import Image
+from targets import last_line, target
 from torch import Tensor, nn
 
 import pipeline
@@ -61,15 +61,8 @@ from pipeline.storage.models import read_model
 from pipeline.storage.store import LocalStore, open_store
 from pipeline.tensors import to_numpy
 
-targets: list[dict[str, Any]] = []
 BETAS = (0.3, 1.2, 4.0, 12.0)
 INPUTS = (("jpeg", 5), ("jpeg", 20), ("webp", 0), ("webp", 10), ("avif", 20))
-
-
-def target(name: str, wanted: float, measured: float, *, most: bool = False) -> None:
-    met = measured <= wanted if most else measured >= wanted
-    targets.append({"name": name, "target": wanted, "measured": measured, "met": bool(met)})
-    print(f"  -> {name}: {measured:.4g}, target {wanted:g}, {'met' if met else 'missed'}")
 
 
 # The coder -----------------------------------------------------------------------------------
@@ -477,7 +470,7 @@ def main() -> None:
         for name in options.only or PARTS:
             PARTS[name](options)
     if options.json:
-        print(json.dumps({"targets": targets}))
+        last_line()
 
 
 if __name__ == "__main__":

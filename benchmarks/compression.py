@@ -17,7 +17,6 @@ With ``--out DIR``, runs that are finished are found there and not made again.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -26,22 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from targets import last_line, target
 
 import pipeline
 from pipeline import backbones
 from pipeline.codecs.low_rank_vq import CodeConfig, cluster, plan_layers, sub_vectors
 from pipeline.config import build, merge
 
-targets: list[dict[str, Any]] = []
 POINTS = ({"m": 4, "k": 256}, {"m": 8, "k": 64}, {"m": 36, "k": 16})
 """Sub-vectors and codes, from small ratios to large ones."""
 SWEPT = POINTS[1]
-
-
-def target(name: str, wanted: float, measured: float, *, most: bool = False) -> None:
-    met = measured <= wanted if most else measured >= wanted
-    targets.append({"name": name, "target": wanted, "measured": measured, "met": bool(met)})
-    print(f"  -> {name}: {measured:.3g}, target {wanted:g}, {'met' if met else 'missed'}")
 
 
 def compressed(
@@ -160,7 +153,7 @@ def main() -> None:
         for name in options.only or PARTS:
             PARTS[name](options)
     if options.json:
-        print(json.dumps({"targets": targets}))
+        last_line()
 
 
 if __name__ == "__main__":

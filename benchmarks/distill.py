@@ -20,7 +20,6 @@ With ``--out``, runs that are finished are found there and not made again.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -33,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from targets import last_line, target
 from torch import Tensor, nn
 
 import pipeline
@@ -50,13 +50,6 @@ PRESETS = ("sre2l", "cda", "best")
 IPCS = (1, 10, 50)
 CONTROLS = ("random-real-soft", "noise-soft", "random-real-hard")
 FKD_VIEWS, FKD_SHARE = 300, 40
-targets: list[dict[str, Any]] = []
-
-
-def target(name: str, wanted: float, measured: float) -> None:
-    met = measured >= wanted
-    targets.append({"name": name, "target": wanted, "measured": measured, "met": bool(met)})
-    print(f"  -> {name}: {measured:.3g}, target {wanted:g}, {'met' if met else 'missed'}")
 
 
 def settings(dataset: str, ipc: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -325,7 +318,7 @@ def main() -> None:
         for name in options.only or PARTS:
             PARTS[name](options)
     if options.json:
-        print(json.dumps({"targets": targets}))
+        last_line()
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
+from targets import last_line, target, targets
 
 from pipeline.backbones import ConvNet
 from pipeline.labelled_images import shifted
@@ -55,13 +56,6 @@ from pipeline.tensors import tensor_column
 SAVINGS = (0.3, 0.5, 0.7)
 BATCH = 100
 WIDTHS = (16, 32, 64)
-targets: list[dict[str, Any]] = []
-
-
-def target(name: str, wanted: float, measured: float, *, most: bool = False) -> None:
-    met = measured <= wanted if most else measured >= wanted
-    targets.append({"name": name, "target": wanted, "measured": measured, "met": bool(met)})
-    print(f"  -> {name}: {measured:.3g}, target {wanted:g}, {'met' if met else 'missed'}")
 
 
 @dataclass(frozen=True)
@@ -501,7 +495,7 @@ def main() -> None:
     for name in options.only or PARTS:
         PARTS[name](options)
     if options.json:
-        print(json.dumps({"targets": targets}))
+        last_line()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import os
 import statistics
@@ -37,6 +36,7 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from targets import last_line, target
 from torch import Tensor, nn
 
 import pipeline
@@ -66,7 +66,6 @@ from pipeline.tokenizers.quality import error_curves, grid, health, psnr
 from pipeline.tokenizers.tokenizer import Tokenizer
 from pipeline.tokenizers.training import TrainTokenizer
 
-targets: list[dict[str, Any]] = []
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 GRAY = {"mean": (0.305,), "std": (0.376,)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -88,12 +87,6 @@ DATASETS: dict[str, dict[str, Any]] = {
         "training": {"train": {"epochs": 12, "batch_size": 64, "lr": 2e-3}, "flip": False},
     },
 }
-
-
-def target(name: str, wanted: float, measured: float) -> None:
-    met = measured >= wanted
-    targets.append({"name": name, "target": wanted, "measured": measured, "met": bool(met)})
-    print(f"  -> {name}: {measured:.3g}, target {wanted:g}, {'met' if met else 'missed'}")
 
 
 def trained(dataset: str, options: argparse.Namespace, **changes: Any) -> tuple[Path, Artifact]:
@@ -466,7 +459,7 @@ def main() -> None:
         for name in options.only or PARTS:
             PARTS[name](options)
     if options.json:
-        print(json.dumps({"targets": targets}))
+        last_line()
 
 
 if __name__ == "__main__":

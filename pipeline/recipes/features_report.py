@@ -57,7 +57,7 @@ def report(
 def _trade_off(about: Mapping[str, Any]) -> str:
     accuracy = about["accuracy"]
     rows = [("this codec and its tail", about["bytes"], accuracy["tail"])]
-    rows += [(row["name"], row["bytes"], row["accuracy"]) for row in about["baselines"]]
+    rows += [(_named(row["name"]), row["bytes"], row["accuracy"]) for row in about["baselines"]]
     table = html_table(
         ("", "bytes, mean", "median", "99 in 100", "largest", "accuracy, %"),
         [
@@ -66,12 +66,23 @@ def _trade_off(about: Mapping[str, Any]) -> str:
         ],
     )
     told = paragraph(
-        "Images of other codecs, with their quality, are complete files, and the teacher that sees "
-        "them was not trained on them; int8 is the teacher's own features in 8 bits with zstd. "
+        "Of other codecs whole files are counted, and the teacher sees them without having been "
+        "trained on them: with that it would see more. Features in 8 bits are packed by zstd. "
         f"Before the tail was trained, accuracy was {accuracy['mimic']:.2f}%. "
         f"{about['over_budget']:,} images lost some of their symbols to a budget."
     )
     return table + told
+
+
+def _named(baseline: str) -> str:
+    kind, _, quality = baseline.partition(":")
+    names = {
+        "jpeg": "JPEG",
+        "webp": "WebP",
+        "avif": "AVIF",
+        "int8": "the teacher's features, 8 bits",
+    }
+    return names[kind] + (f", quality {quality}" if quality else "")
 
 
 def _sizes(sizes: Sequence[int]) -> str:
