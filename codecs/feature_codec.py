@@ -255,6 +255,11 @@ class FeatureDecoder:
     def __init__(self, spec: FeatureSpec, network: nn.Module, model: EntropyModel) -> None:
         self.spec, self.network, self.model = spec, network.eval(), model
 
+    @classmethod
+    def load(cls, spec: bytes, weights: bytes, model: EntropyModel) -> FeatureDecoder:
+        """From a bottleneck's two files and its entropy model."""
+        return cls(read_spec(spec), Bottleneck.load(spec, weights).decoder, model)
+
     def latents(self, records: list[bytes]) -> Tensor:
         """Latents (N, C, h, w), float32, of records.
 

@@ -190,7 +190,7 @@ def tail_of(network: nn.Module, spec: FeatureSpec, decoder: nn.Module) -> Tail:
 
 @dataclass(frozen=True)
 class TailSpec:
-    """What a tail is made of: the codec, and the classifier whose last stages it has."""
+    """Where the classifier was split whose last stages a tail has."""
 
     split: str
 
@@ -236,9 +236,9 @@ class TrainTail:
     def prepare(
         self, inputs: Mapping[str, pa.Table], seed: int, device: torch.device
     ) -> TailTraining:
-        teacher, _, bottleneck, tail = self.parts(device)
+        teacher, spec, bottleneck, tail = self.parts(device)
         sets = {name: LabelledImages.of(t, self.image, device) for name, t in inputs.items()}
-        return TailTraining(tail, teacher, bottleneck.encoder, self, sets, seed)
+        return TailTraining(tail, teacher, bottleneck.encoder, spec.split, self, sets, seed)
 
 
 @dataclass(frozen=True)
@@ -248,13 +248,14 @@ class TailTraining:
     model: Tail
     teacher: nn.Module
     encoder: nn.Module
+    split: str
     task: TrainTail
     sets: Mapping[str, LabelledImages]
     seed: int
 
     @property
     def spec(self) -> TailSpec:
-        return TailSpec("")
+        return TailSpec(self.split)
 
     @property
     def config(self) -> TrainConfig:

@@ -19,7 +19,7 @@ import pipeline
 from pipeline import backbones
 from pipeline.backbones import ModelSpec
 from pipeline.codecs.bitstream import BitstreamError, compress, webdataset_handler
-from pipeline.codecs.choose_model import choose_model, model_from_arrays
+from pipeline.codecs.choose_model import choose_model
 from pipeline.codecs.entropy import StaticModel
 from pipeline.codecs.feature_codec import (
     Bottleneck,
@@ -33,10 +33,10 @@ from pipeline.codecs.feature_codec import (
 from pipeline.codecs.hidden_tree import HiddenTree
 from pipeline.codecs.zarr_codec import BitstreamCodec
 from pipeline.errors import PipelineError, RunError, UsageError
+from pipeline.recipes.compress_features import load_codec
 from pipeline.stage import ShardContext
 from pipeline.stages.feature_codec import EncodeFeatures
 from pipeline.stages.recompress import Recompress, file_of
-from pipeline.storage.array_artifact import read_arrays
 from pipeline.storage.artifact import Artifact, ArtifactSource
 from pipeline.storage.models import ModelFiles
 from pipeline.storage.store import open_store
@@ -63,10 +63,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 def parts(made: Artifact) -> tuple[FeatureEncoder, FeatureDecoder, Bottleneck]:
     files = ModelFiles.fitted(made.product("codec")).read()
-    model = model_from_arrays(read_arrays(made.product("entropy")))
-    whole = Bottleneck.load(*files)
-    encoder = FeatureEncoder.load(*files, model)
-    return encoder, FeatureDecoder(encoder.spec, whole.decoder, model), whole
+    return *load_codec(str(made.store)), Bottleneck.load(*files)
 
 
 def table_of(made: Artifact, role: str) -> pa.Table:

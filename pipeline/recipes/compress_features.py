@@ -15,7 +15,14 @@ from pydantic import Field
 
 from pipeline.codecs.bitstream import VERSION
 from pipeline.codecs.choose_model import Kind, choose_model, model_from_arrays
-from pipeline.codecs.feature_codec import Bottleneck, FeatureCodecConfig, FeatureSpec, read_spec
+from pipeline.codecs.feature_codec import (
+    Bottleneck,
+    FeatureCodecConfig,
+    FeatureDecoder,
+    FeatureEncoder,
+    FeatureSpec,
+    read_spec,
+)
 from pipeline.codecs.feature_training import Mimic, TrainTail
 from pipeline.codecs.zarr_codec import BitstreamCodec
 from pipeline.config import Config, TrainConfig, merge, preset_of
@@ -343,6 +350,18 @@ def open_codec(path: str) -> tuple[Artifact, Artifact]:
         hint="Give --encoder the output folder of 'pipeline run compress-features'.",
         code="no-codec",
     )
+
+
+def load_codec(path: str) -> tuple[FeatureEncoder, FeatureDecoder]:
+    """Both sides of the codec of a run of ``compress-features``.
+
+    Raises:
+        UsageError: there is none.
+        RunError: it is damaged.
+    """
+    codec, entropy = open_codec(path)
+    files, model = ModelFiles.fitted(codec).read(), model_from_arrays(read_arrays(entropy))
+    return FeatureEncoder.load(*files, model), FeatureDecoder.load(*files, model)
 
 
 def _check(train: ArtifactSource, image: ImageConfig) -> None:
