@@ -7,7 +7,7 @@ constriction codes all symbols of a table in one call.
 ``rate``: a feature codec of the given ResNet-20 on CIFAR-10 at four weights of a bit, beside JPEG,
 WebP and AVIF: files and what is left of them without what all files of a size share, seen by the
 teacher as it is and by the teacher trained on as many images of that codec, as long and with the
-same loss as a tail. ``--images`` training images for both.
+same loss as a tail.
 
 ``lossless``: hidden trees on Fashion-MNIST beside PNG, WebP and JPEG XL of each image, and JPEG XL
 of all of them as one picture (by imagecodecs, or ``cjxl``).
@@ -62,6 +62,11 @@ from pipeline.storage.store import LocalStore, open_store
 from pipeline.tensors import to_numpy
 
 BETAS = (0.3, 1.2, 4.0, 12.0)
+SETTINGS: dict[str, Any] = {
+    "codec": {"channels": 12, "split": "layer1"},
+    "mimic": {"epochs": 8},
+    "tail": {"epochs": 6, "lr": 0.05},
+}
 INPUTS = (("jpeg", 5), ("jpeg", 20), ("webp", 0), ("webp", 10), ("avif", 20))
 
 
@@ -250,18 +255,12 @@ def codec_run(beta: float, options: argparse.Namespace) -> tuple[Artifact, dict[
     config: dict[str, Any] = {"beta": beta, "baselines": ["int8"]}
     if options.quick:
         config = merge(config, {"teacher": {"train": {"epochs": 8}}, "mimic": {"epochs": 3}})
-        selection = None
     else:
         weights = next((options.data / "weights").glob("resnet20-*.npz"))
         config["teacher"] = {"backbone": "resnet20", "weights": str(weights)}
-        config["codec"] = {"channels": 8, "split": "layer2"}
-        part = {"selector": "random", "keep": options.images / 50_000}
-        selection = options.out / "part"
-        pipeline.run("prune", dataset, data=options.data, out=selection, config=part)
+        config = merge(config, SETTINGS)
     out = options.out / f"{dataset}-{beta:g}"
-    pipeline.run(
-        "compress-features", dataset, data=options.data, out=out, config=config, selection=selection
-    )
+    pipeline.run("compress-features", dataset, data=options.data, out=out, config=config)
     artifact = Artifact.open(open_store(out))
     return artifact, artifact.manifest
 
@@ -457,7 +456,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="digits, and fewer of everything")
     parser.add_argument("--json", action="store_true", help="end with a line of JSON")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part; all unless given")
-    parser.add_argument("--images", type=int, default=20_000, help="training images of codecs")
     parser.add_argument("--states", type=int, default=16, help="of a hidden tree")
     parser.add_argument("--tree-epochs", type=int, default=12, help="of a hidden tree")
     parser.add_argument("--out", type=Path, help="folder of runs; finished ones are found")

@@ -60,7 +60,11 @@ CPU = torch.device("cpu")
 ROWS = 1000
 """Images of a shard of latents in Zarr."""
 PRESETS: Mapping[str, dict[str, Any]] = {
-    "small": {"codec": {"channels": 8}},
+    "small": {
+        "codec": {"channels": 8},
+        "mimic": {"epochs": 6, "batch_size": 64, "lr": 4e-3, "weight_decay": 0.0},
+        "tail": {"epochs": 3, "batch_size": 64, "optimizer": "sgd", "lr": 0.02},
+    },
     # Of the SC2 benchmark, for 224 x 224 pixels: 24 x 55 x 55 latents.
     "resnet50": {
         "teacher": {"backbone": "torchvision:resnet50", "weights": "pretrained"},
@@ -91,8 +95,8 @@ class CompressFeaturesConfig(Config):
     )
     codec: FeatureCodecConfig = FeatureCodecConfig()
     beta: float = Field(1.0, gt=0, description="weight of a bit; larger makes fewer bytes")
-    mimic: TrainConfig = TrainConfig(epochs=6, batch_size=64, lr=1e-3, weight_decay=0.0)
-    tail: TrainConfig = TrainConfig(epochs=3, batch_size=64, optimizer="sgd", lr=1e-2)
+    mimic: TrainConfig = TrainConfig()
+    tail: TrainConfig = TrainConfig()
     distillation: float = Field(
         0.5, ge=0, le=1, description="share of the tail's loss that is of the teacher's answers"
     )

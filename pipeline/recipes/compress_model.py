@@ -44,7 +44,7 @@ Preset = Literal["small", "resnet18-29x", "resnet18-43x", "resnet50-19x", "resne
 _FINE = {"epochs": 9, "batch_size": 128, "lr": 1e-3, "weight_decay": 0.0}
 _IMAGENET = {"low_rank": _FINE | {"epochs": 3}, "codes": _FINE}
 PRESETS: Mapping[str, dict[str, Any]] = {
-    "small": {},
+    "small": {"low_rank": _FINE | {"epochs": 3}, "codes": _FINE},
     # Sub-vectors, codes and epochs of PQF's settings, to whose sizes LR²VQ is compared.
     "resnet18-29x": _IMAGENET
     | {"code": {"k": 256, "m": 9, "m_pointwise": 4, "m_linear": 4, "k_linear": 2048}},
@@ -66,8 +66,8 @@ class CompressConfig(Config):
     image: ImageConfig = ImageConfig()
     teacher: SqueezeConfig = SqueezeConfig()
     code: CodeConfig = CodeConfig()
-    low_rank: TrainConfig = TrainConfig(epochs=3, batch_size=128, lr=1e-3, weight_decay=0.0)
-    codes: TrainConfig = TrainConfig(epochs=9, batch_size=128, lr=1e-3, weight_decay=0.0)
+    low_rank: TrainConfig = TrainConfig()
+    codes: TrainConfig = TrainConfig()
     distillation: float = Field(
         0.5, ge=0, le=1, description="share of the loss that is of the teacher's answers"
     )
