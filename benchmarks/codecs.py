@@ -64,10 +64,10 @@ from pipeline.tensors import to_numpy
 BETAS = (0.3, 1.2, 4.0, 12.0)
 SETTINGS: dict[str, Any] = {
     "codec": {"channels": 12, "split": "layer1"},
-    "mimic": {"epochs": 8},
-    "tail": {"epochs": 6, "lr": 0.05},
+    "mimic": {"epochs": 6},
+    "tail": {"epochs": 4, "lr": 0.05},
 }
-INPUTS = (("jpeg", 5), ("jpeg", 20), ("webp", 0), ("webp", 10), ("avif", 20))
+INPUTS = ("jpeg:5", "jpeg:20", "webp:0", "webp:10", "avif:20")
 
 
 # The coder -----------------------------------------------------------------------------------
@@ -276,11 +276,10 @@ def step_table(artifact: Artifact, name: str, column: str) -> pa.Table:
 
 
 def rate(options: argparse.Namespace) -> None:
-    betas = BETAS[1:3] if options.quick else BETAS
     rows = []
     head = "beta | bytes | 99 in 100 | entropy model | learned prior | zstd of all int8 latents"
     print(f"\n| {head} | stage 1, % | stage 2, % |\n|---|---|---|---|---|---|---|---|")
-    for beta in betas:
+    for beta in options.betas:
         artifact, about = codec_run(beta, options)
         latents = to_numpy(step_table(artifact, "latents", "latents")["latents"])
         levels = latents.clip(-128, 127).astype(np.int8).tobytes()
@@ -326,8 +325,9 @@ def inputs(
     )
     print("|---|---|---|---|---|")
     found = []
-    for codec, quality in INPUTS[:2] if options.quick else INPUTS:
-        stage = Recompress(codec, quality)  # type: ignore[arg-type]
+    for name in options.inputs:
+        codec, _, quality = name.partition(":")
+        stage = Recompress(codec, int(quality))  # type: ignore[arg-type]
         seen = {n: stage(t, ShardContext("", 0)) for n, t in tables.items()}
         adapt = Adapt(teacher, config.image, config.tail, config.distillation)
         plain = adapt.prepare(seen, 0, torch.device("cpu"))
@@ -456,6 +456,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="digits, and fewer of everything")
     parser.add_argument("--json", action="store_true", help="end with a line of JSON")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part; all unless given")
+    parser.add_argument("--betas", nargs="*", type=float, default=BETAS, help="weights of a bit")
+    parser.add_argument("--inputs", nargs="*", default=INPUTS, help="image codecs and qualities")
     parser.add_argument("--states", type=int, default=16, help="of a hidden tree")
     parser.add_argument("--tree-epochs", type=int, default=12, help="of a hidden tree")
     parser.add_argument("--out", type=Path, help="folder of runs; finished ones are found")
@@ -463,6 +465,8 @@ def main() -> None:
     if options.data is None and not options.quick:
         parser.error("there is no real data: give --data, or set PIPELINE_DATA")
     options.data = Path(options.data).absolute() if options.data else None
+    if options.quick:
+        options.betas, options.inputs = BETAS[1:3], INPUTS[:2]
     with tempfile.TemporaryDirectory() as folder:
         options.out = options.out or Path(folder)
         for name in options.only or PARTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import tracemalloc
 from pathlib import Path
 
@@ -93,6 +94,15 @@ def test_noise_takes_no_more_than_itself(model):
     data = compress(x, model, group=1)
     assert (decompress(data, model) == x).all()
     assert np.diff(read_header(data).starts).max() <= x[0].nbytes + 5
+
+
+def test_a_model_that_went_to_another_process_gives_the_same_bytes(model):
+    x = samples(50)
+    again = pickle.loads(pickle.dumps(model))
+    assert again.digest == model.digest
+    assert compress(x, again) == compress(x, model)
+    stored = type(model).from_arrays(model.to_arrays())
+    assert compress(x, stored) == compress(x, model)
 
 
 def test_one_damaged_group_leaves_the_others(model):
