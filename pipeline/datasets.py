@@ -43,7 +43,7 @@ class DatasetInfo(Config):
 
     @property
     def image(self) -> dict[str, Any]:
-        """Fields of :class:`~pipeline.dataset_distill.config.ImageConfig`."""
+        """Fields of :class:`~pipeline.labelled_images.ImageConfig`."""
         names = ("size", "channels", "mean", "std", "flip")
         return {name: getattr(self, name) for name in names}
 

@@ -331,3 +331,11 @@ def test_tokens_of_which_none_is_likelier_are_left_to_zstd() -> None:
         table = pa.table({"tokens": tensor_column(values)})
         source: Any = SimpleNamespace(tables=lambda table=table: [table])
         assert bool(CountTokens(source).compute(0, 1)) == coded
+
+
+def test_a_tokenizer_of_gray_levels_refuses_colours(
+    trained: Path, real_data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="knows gray levels alone, and cifar10 has colours"):
+        config = {"tokenizer": str(trained)}
+        pipeline.run("tokenize", "cifar10", data=real_data, out=tmp_path, config=config)

@@ -169,6 +169,12 @@ def tokenize(run: Run, data: Dataset, config: TokenizeConfig) -> dict[str, Any]:
     size = config.size or tokenizer.size
     tokenizer.check_size((size, size), "tokenized")
     channels: Literal[1, 3] = 1 if tokenizer.channels == 1 else 3
+    if data.info and data.info.image["channels"] > channels:
+        raise UsageError(
+            f"The tokenizer knows gray levels alone, and {data.name} has colours.",
+            hint="Train a tokenizer on this data set with 'pipeline run train-tokenizer'.",
+            code="other-channels",
+        )
     rule = _rule(run, data, config, opened, Decode(size, channels))
     decode = Decode(decoded_size(config.views, size), channels)
     predictor = opened.predictor if rule.predicted else None
