@@ -336,6 +336,6 @@ def test_tokens_of_which_none_is_likelier_are_left_to_zstd() -> None:
 def test_a_tokenizer_of_gray_levels_refuses_colours(
     trained: Path, real_data: Path, tmp_path: Path
 ) -> None:
+    config = {"tokenizer": str(trained)}
     with pytest.raises(UsageError, match="knows gray levels alone, and cifar10 has colours"):
-        config = {"tokenizer": str(trained)}
         pipeline.run("tokenize", "cifar10", data=real_data, out=tmp_path, config=config)
