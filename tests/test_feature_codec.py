@@ -246,6 +246,7 @@ def test_another_tail_reads_the_same_bytes(made: Artifact, tmp_path: Path) -> No
     assert ModelFiles.fitted(second.product("codec")).read() == first.read()
     for role in ("train", "test"):
         assert table_of(second, role)["features"] == table_of(made, role)["features"]
+    assert second.manifest["config"]["encoder"] == Path(str(made.store)).name
     assert second.manifest["accuracy"]["tail"] != made.manifest["accuracy"]["tail"]
 
 

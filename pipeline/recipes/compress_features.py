@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -59,6 +60,10 @@ Preset = Literal["small", "resnet50"]
 CPU = torch.device("cpu")
 ROWS = 1000
 """Images of a shard of latents in Zarr."""
+COUNTED = (40, 500)
+"""Shards, and images of each at most, whose latents are counted."""
+MOST_SYMBOLS = 2**26
+"""That are counted: of large latents fewer images."""
 PRESETS: Mapping[str, dict[str, Any]] = {
     "small": {
         "codec": {"channels": 8},
@@ -129,7 +134,7 @@ def defaults(data: Dataset, values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ChooseEntropyModel(OneRound):
-    """The entropy model of latents, as arrays, and what others would take in ``candidates``.
+    """The entropy model of latents, as arrays, and what other models would take.
 
     Args:
         latents: of training images, a column of that name.
@@ -146,7 +151,13 @@ class ChooseEntropyModel(OneRound):
     version: ClassVar[int] = 1
 
     def compute(self, seed: int, threads: int) -> Arrays:
-        symbols = np.concatenate([to_numpy(t["latents"]) for t in self.latents.tables()])
+        count = self.latents.artifact.manifest["counts"]["out"]
+        parts = []
+        for table in self.latents.tables():
+            part = to_numpy(table["latents"])
+            share = min(1.0, MOST_SYMBOLS / (count * part[0].size)) if len(part) else 1.0
+            parts.append(part[: max(1, round(share * len(part)))])
+        symbols = np.concatenate(parts)
         prior = Bottleneck.load(*self.codec.read()).prior.tables()
         model, found = choose_model(symbols, self.samples, prior, self.kind)
         about = json.dumps([asdict(one) for one in found]).encode()
@@ -204,6 +215,7 @@ def compress_features(run: Run, data: Dataset, config: CompressFeaturesConfig) -
     model = model_from_arrays(read_arrays(entropy))
     sizes = [n for t in answers.tables() for n in t["bytes"].to_pylist()]
     totals = [record["metrics"] for _, step in made.values() for record in step.artifact.records()]
+    named = Path(config.encoder).name if config.encoder else None
     about = {
         "dataset": data.name,
         "accuracy": {
@@ -219,7 +231,7 @@ def compress_features(run: Run, data: Dataset, config: CompressFeaturesConfig) -
         "baselines": rows,
         "codec": {**asdict(spec), "bitstream": VERSION, "model": model.digest},
         "splits": {n: {"samples": s.artifact.manifest["counts"]["out"]} for n, s in stored.items()},
-        "config": portable(config, "teacher"),
+        "config": portable(config.model_copy(update={"encoder": named}), "teacher"),
         "seed": run.seed,
     }
     products = {
@@ -252,7 +264,8 @@ def _codec(
         return run.fit("codec", given, test=test), run.compute("entropy", task)
     codec = run.fit("codec", mimic, train=train, test=test)
     files = ModelFiles.fitted(codec)
-    latents = run.map("latents", train, [EncodeLatents(files)], to=ParquetFormat())
+    some = SampledSource(train, *COUNTED)
+    latents = run.map("latents", some, [EncodeLatents(files)], to=ParquetFormat())
     count = sum(split.artifact.manifest["counts"]["out"] for split in (train, test))
     chosen = ChooseEntropyModel(latents, files, count, config.entropy)
     return codec, run.compute("entropy", chosen)
