@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
@@ -39,7 +39,7 @@ class BitstreamCodec(ArrayBytesCodec):
     """
 
     digest: str
-    model: str
+    model: str = field(repr=False)
 
     is_fixed_size: ClassVar[bool] = False  # type: ignore[misc]
 
