@@ -19,10 +19,20 @@ PRECISION = 24
 MOST_DIGITS = 9
 """After an escape."""
 
+_SMALL = 1e-15
 _U = np.uint64
 _LEAST = np.uint64(2**31)
 _WORD = np.uint64(0xFFFFFFFF)
 _SLOT = np.uint64(2**PRECISION - 1)
+
+
+@compiled
+def _raise(values):
+    """Divide numbers by the largest, and return its logarithm."""
+    most = values.max()
+    for z in range(len(values)):
+        values[z] /= most
+    return np.log(most)
 
 
 @compiled
@@ -50,17 +60,17 @@ def expect(  # noqa: C901, PLR0912
             for z in range(states):
                 inside[i, z] = emission[i, sample[i], z]
         for i in range(nodes - 1, 0, -1):
-            size = inside[i].sum()
-            total += np.log(size)
+            # The largest is made 1, and again where a node has so many children that all get small.
+            total += _raise(inside[i])
             up = parent[i]
-            for z in range(states):
-                inside[i, z] /= size
             for y in range(states):
                 value = root.dtype.type(0)
                 for z in range(states):
                     value += transition[i, y, z] * inside[i, z]
                 message[i, y] = value
                 inside[up, y] *= value
+            if inside[up].max() < _SMALL:
+                total += _raise(inside[up])
         size = root.dtype.type(0)
         for z in range(states):
             state[0, z] = root[z] * inside[0, z]

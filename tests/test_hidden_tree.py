@@ -117,6 +117,17 @@ def test_the_tree_joins_those_that_depend_on_one_another():
     assert max(depth) == 3
 
 
+def test_a_node_may_have_hundreds_of_children():
+    draw = np.random.default_rng(0)
+    hub = draw.integers(0, 2, (400, 1))
+    x = np.concatenate([hub, hub ^ (draw.random((400, 300)) < 0.1)], 1)
+    x[:, 200:] = 0  # constant: they hang on any node
+    tree = HiddenTree.fit(x, states=16, epochs=3, batch=100)
+    assert np.bincount(tree.parent).max() > 99
+    assert tree.bits(x) < 0.75 * StaticModel.counted(x, positions=True).bits(x)
+    assert (decompress(compress(x.astype(np.uint8), tree), tree) == x).all()
+
+
 def test_the_result_does_not_depend_on_threads():
     made = [HiddenTree.fit(chained(), states=2, epochs=3, threads=n).digest for n in (1, 2)]
     assert made[0] == made[1]
