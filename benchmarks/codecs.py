@@ -20,7 +20,6 @@ With ``--out DIR``, runs that are finished are found there and not made again.
 from __future__ import annotations
 
 import argparse
-import copy
 import io
 import os
 import shutil
@@ -32,7 +31,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,24 +39,23 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from targets import last_line, target
-from torch import Tensor, nn
 
 import pipeline
 from pipeline.codecs import rans
 from pipeline.codecs.bitstream import Bitstream, compress, decompress
+from pipeline.codecs.compress import Compress
 from pipeline.codecs.entropy import StaticModel
 from pipeline.codecs.hidden_tree import HiddenTree
 from pipeline.codecs.tables import TOTAL, Tables
-from pipeline.config import TrainConfig, merge
-from pipeline.digest import seed_for
-from pipeline.labelled_images import ImageConfig, LabelledImages, accuracy, augmented, task_loss
+from pipeline.config import merge
+from pipeline.labelled_images import accuracy
 from pipeline.orchestration.checkpoint import Checkpoint
 from pipeline.orchestration.training import train
 from pipeline.recipes.compress_features import RECIPE
 from pipeline.stage import ShardContext
 from pipeline.stages.recompress import Recompress
 from pipeline.storage.artifact import Artifact, ArtifactSource
-from pipeline.storage.models import read_model
+from pipeline.storage.models import UNIT, FittedModels
 from pipeline.storage.store import LocalStore, open_store
 from pipeline.tensors import to_numpy
 
@@ -202,54 +200,6 @@ def coder(options: argparse.Namespace) -> None:
 # Rate and accuracy ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Adapt:
-    """Train a copy of a classifier on images as a codec leaves them, as a tail is trained."""
-
-    teacher: Any
-    image: ImageConfig
-    train: TrainConfig
-    distillation: float
-
-    version: ClassVar[int] = 1
-
-    def prepare(self, inputs: Mapping[str, pa.Table], seed: int, device: torch.device) -> Adapting:
-        model = copy.deepcopy(self.teacher).requires_grad_(requires_grad=True).to(device)
-        sets = {name: LabelledImages.of(t, self.image, device) for name, t in inputs.items()}
-        return Adapting(model, self.teacher.to(device), self, sets, seed)
-
-
-@dataclass(frozen=True)
-class Adapting:
-    model: nn.Module
-    teacher: nn.Module
-    task: Adapt
-    sets: Mapping[str, LabelledImages]
-    seed: int
-    spec: Any = None
-
-    @property
-    def config(self) -> TrainConfig:
-        return self.task.train
-
-    @property
-    def steps(self) -> int:
-        return self.sets["train"].steps(self.config.batch_size)
-
-    def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        data = self.sets["train"]
-        rows = data.rows(self.seed, epoch, index, self.config.batch_size)
-        seed = seed_for(self.seed, "augment", epoch, index)
-        return augmented(data.images.take(rows), self.task.image, seed), data.labels[rows]
-
-    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, labels = batch
-        return task_loss(self.model(x), labels, self.teacher, x, self.task.distillation)
-
-    def evaluate(self) -> dict[str, Any]:
-        return accuracy(self.model, self.sets["test"])
-
-
 def codec_run(beta: float, options: argparse.Namespace) -> tuple[Artifact, dict[str, Any]]:
     dataset = "digits" if options.quick else "cifar10"
     config: dict[str, Any] = {"beta": beta, "baselines": ["int8"]}
@@ -318,7 +268,8 @@ def inputs(
 ) -> None:
     """Images of other codecs, seen by the teacher as it is and trained on them."""
     config = RECIPE.config(**{**about["config"], "baselines": ()})
-    teacher = read_model(artifact.product("teacher"), torch.device("cpu"))
+    models = FittedModels(artifact.product("teacher"), (UNIT,))
+    (teacher,) = models.networks(torch.device("cpu"))
     tables = {n: step_table(artifact, n, "image") for n in ("train", "test")}
     print(
         "\n| | files, bytes | without what they share | teacher, % | teacher trained on them, % |"
@@ -329,13 +280,14 @@ def inputs(
         codec, _, quality = name.partition(":")
         stage = Recompress(codec, int(quality))  # type: ignore[arg-type]
         seen = {n: stage(t, ShardContext("", 0)) for n, t in tables.items()}
-        adapt = Adapt(teacher, config.image, config.tail, config.distillation)
+        # Of no layer the weights are coded: what is left is training on these images.
+        adapt = Compress(models, config.image, (), config.tail, config.distillation)
         plain = adapt.prepare(seen, 0, torch.device("cpu"))
         before = accuracy(teacher, plain.sets["test"])["accuracy"]
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
             checkpoint = Checkpoint(LocalStore(Path(folder)), "adapted", 1e9)
-            model = train(adapt, seen, 0, checkpoint).training.model  # type: ignore[arg-type]
+            model = train(adapt, seen, 0, checkpoint).training.model
         after = accuracy(model.eval(), plain.sets["test"])["accuracy"]
         sizes = [float(np.mean(to_numpy(seen["test"][n]))) for n in ("bytes", "payload")]
         found.append((f"{codec} {quality}", *sizes, before, after))

@@ -20,7 +20,6 @@ With ``--out DIR``, runs that are finished are found there and not made again.
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import os
 import statistics
@@ -35,7 +34,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from targets import last_line, target
 from torch import Tensor, nn
 
@@ -53,6 +51,7 @@ from pipeline.recipes.tokenize import CPU, open_tokenizer
 from pipeline.recipes.train_tokenizer import read_curves
 from pipeline.stage import ShardContext
 from pipeline.stages.decode import Decode
+from pipeline.stages.recompress import Recompress
 from pipeline.stages.select import Split
 from pipeline.stages.tokenize import BATCH, read_predictor, read_tokenizer
 from pipeline.storage.artifact import Artifact, ArtifactSource
@@ -166,19 +165,11 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 def by_codec(images: Tensor, kind: str, quality: int) -> tuple[float, Tensor]:
     """Mean bytes of a file, and the images that are read back, in [0, 1]."""
-    sizes, decoded = [], []
-    more = {"WEBP": {"method": 6}, "AVIF": {"speed": 4}, "JPEG": {"optimize": True}}[kind]
-    for image in images.permute(0, 2, 3, 1).numpy():
-        buffer = io.BytesIO()
-        gray = image.shape[2] == 1
-        Image.fromarray(image[..., 0] if gray else image).save(
-            buffer, kind, quality=quality, **more
-        )
-        sizes.append(len(buffer.getvalue()))
-        seen = np.asarray(Image.open(buffer).convert("L" if gray else "RGB"))
-        decoded.append(seen.reshape(image.shape))
-    images = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)
-    return float(np.mean(sizes)), images.float() / 255
+    table = pa.table({"image": tensor_column(images.permute(0, 2, 3, 1).contiguous().numpy())})
+    stage = Recompress(kind.lower(), quality)  # type: ignore[arg-type]
+    seen = stage(table, ShardContext("", 0))
+    decoded = torch.from_numpy(to_numpy(seen["image"]).copy()).permute(0, 3, 1, 2)
+    return float(np.mean(to_numpy(seen["bytes"]))), decoded.float() / 255
 
 
 @dataclass(frozen=True)

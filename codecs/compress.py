@@ -17,7 +17,13 @@ from pipeline.codecs.coded_model import to_codes, to_empty_codes, to_low_rank
 from pipeline.codecs.low_rank_vq import CodedLayer
 from pipeline.config import TrainConfig
 from pipeline.digest import seed_for
-from pipeline.labelled_images import ImageConfig, LabelledImages, accuracy, augmented, task_loss
+from pipeline.labelled_images import (
+    ImageConfig,
+    LabelledImages,
+    accuracy,
+    augmented_batch,
+    task_loss,
+)
 
 
 class Files(Protocol):
@@ -113,10 +119,8 @@ class CompressTraining:
         return self.sets["train"].steps(self.config.batch_size)
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        data = self.sets["train"]
-        rows = data.rows(self.seed, epoch, index, self.config.batch_size)
-        seed = seed_for(self.seed, "augment", epoch, index)
-        return augmented(data.images.take(rows), self.task.image, seed), data.labels[rows]
+        size, image = self.config.batch_size, self.task.image
+        return augmented_batch(self.sets["train"], image, size, self.seed, epoch, index)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, labels = batch

@@ -163,6 +163,15 @@ def read_spec(data: bytes) -> FeatureSpec:
     return FeatureSpec(**values)
 
 
+@torch.inference_mode()
+def latents_of(spec: FeatureSpec, encoder: nn.Module, images: Tensor) -> Tensor:
+    """Latents (N, C, h, w) of images (N, channels, H, W) with pixels in [0, 1]."""
+    mean, std = (
+        torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (spec.mean, spec.std)
+    )
+    return cast("Tensor", encoder((images - mean) / std))
+
+
 class FeatureEncoder:
     """Images to records: what a device needs, and no more.
 
@@ -180,14 +189,9 @@ class FeatureEncoder:
         """From a bottleneck's two files and its entropy model."""
         return cls(read_spec(spec), Bottleneck.load(spec, weights).encoder, model)
 
-    @torch.inference_mode()
     def latents(self, images: Tensor) -> Tensor:
         """Latents (N, C, h, w) of images (N, channels, H, W) with pixels in [0, 1]."""
-        mean, std = (
-            torch.tensor(v, device=images.device).view(1, -1, 1, 1)
-            for v in (self.spec.mean, self.spec.std)
-        )
-        return cast("Tensor", self.network((images - mean) / std))
+        return latents_of(self.spec, self.network, images)
 
     def encode(self, images: Tensor, budget: int | None = None) -> tuple[list[bytes], list[int]]:
         """A record of each image, and how many of its symbols a budget has cost.

@@ -25,7 +25,13 @@ from pipeline.config import TrainConfig
 from pipeline.device import in_batches
 from pipeline.digest import seed_for
 from pipeline.errors import UsageError
-from pipeline.labelled_images import ImageConfig, LabelledImages, accuracy, augmented, task_loss
+from pipeline.labelled_images import (
+    ImageConfig,
+    LabelledImages,
+    accuracy,
+    augmented_batch,
+    task_loss,
+)
 
 
 class Files(Protocol):
@@ -109,9 +115,8 @@ class MimicTraining:
         return self.sets["train"].steps(self.config.batch_size) if "train" in self.sets else 0
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        data = self.sets["train"]
-        rows = data.rows(self.seed, epoch, index, self.config.batch_size)
-        x = augmented(data.images.take(rows), self.task.image, seed_for(self.seed, epoch, index))
+        size, image = self.config.batch_size, self.task.image
+        x, _ = augmented_batch(self.sets["train"], image, size, self.seed, epoch, index)
         generator = torch.Generator().manual_seed(seed_for(self.seed, "noise", epoch, index))
         noise = torch.rand(len(x), *self.spec.latents, generator=generator) - 0.5
         return x, noise.to(x.device)
@@ -266,10 +271,8 @@ class TailTraining:
         return self.sets["train"].steps(self.config.batch_size)
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        data = self.sets["train"]
-        rows = data.rows(self.seed, epoch, index, self.config.batch_size)
-        seed = seed_for(self.seed, "augment", epoch, index)
-        return augmented(data.images.take(rows), self.task.image, seed), data.labels[rows]
+        size, image = self.config.batch_size, self.task.image
+        return augmented_batch(self.sets["train"], image, size, self.seed, epoch, index)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, labels = batch

@@ -19,15 +19,13 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from pipeline.clustering.compiled import compiled
-from pipeline.codecs.tables import PRECISION, Tables
+from pipeline.codecs.tables import MOST_DIGITS, PRECISION, Tables
 
 Ints = npt.NDArray[np.integer[Any]]
 
 _U = np.uint64
 _LEAST = np.uint64(2**31)
 _SLOT = np.uint64(0xFFFF)
-MOST_DIGITS = 9
-"""Digits of the largest number that a symbol of 32 bits can leave to an escape."""
 
 
 class CorruptError(Exception):

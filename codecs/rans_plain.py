@@ -7,8 +7,8 @@ words of 32 bits and frequencies that sum to 2^16. ``docs/bitstream.md`` has the
 
 from __future__ import annotations
 
-from pipeline.codecs.rans import MOST_DIGITS, CorruptError, Ints, check, checked
-from pipeline.codecs.tables import NIBBLE, PRECISION, TOTAL, Tables, escape_digits
+from pipeline.codecs.rans import CorruptError, Ints, check, checked
+from pipeline.codecs.tables import MOST_DIGITS, NIBBLE, PRECISION, TOTAL, Tables, escape_digits
 
 LEAST = 2**31
 """Of a state between two symbols."""

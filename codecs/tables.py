@@ -19,6 +19,8 @@ TOTAL = 2**PRECISION
 """What the frequencies of a table sum to."""
 NIBBLE = 4
 """Bits of the digits in which a symbol is written that has no entry."""
+MOST_DIGITS = 9
+"""Of the largest number that a symbol of 32 bits can leave to an escape."""
 MOST_TABLES = 2**16
 TAIL = 1e-4
 """Share of symbols that a counted table may leave to the escape."""

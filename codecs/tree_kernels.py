@@ -10,14 +10,12 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.clustering.compiled import compiled
+from pipeline.codecs.tables import MOST_DIGITS
 
 BITS = 30
 """Of the largest number of a message."""
 PRECISION = 24
 """Of what a symbol is coded from."""
-
-MOST_DIGITS = 9
-"""After an escape."""
 
 _SMALL = 1e-15
 _U = np.uint64

@@ -15,9 +15,8 @@ from pipeline import backbones
 from pipeline.backbones import ModelSpec, Weights
 from pipeline.config import TrainConfig
 from pipeline.dataset_distill.config import SqueezeConfig
-from pipeline.digest import seed_for
 from pipeline.errors import UsageError
-from pipeline.labelled_images import ImageConfig, LabelledImages, accuracy, augmented
+from pipeline.labelled_images import ImageConfig, LabelledImages, accuracy, augmented_batch
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,8 @@ class SqueezeTraining:
         return self.sets["train"].steps(self.config.batch_size) if "train" in self.sets else 0
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        data = self.sets["train"]
-        rows = data.rows(self.seed, epoch, index, self.config.batch_size)
-        seed = seed_for(self.seed, "augment", epoch, index)
-        return augmented(data.images.take(rows), self.task.image, seed), data.labels[rows]
+        size, image = self.config.batch_size, self.task.image
+        return augmented_batch(self.sets["train"], image, size, self.seed, epoch, index)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, labels = batch

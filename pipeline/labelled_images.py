@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.backbones import ModelSpec
 from pipeline.config import Config
 from pipeline.device import in_batches
+from pipeline.digest import seed_for
 from pipeline.draws import batch_rows
 from pipeline.tensors import to_numpy
 
@@ -93,6 +94,15 @@ class LabelledImages:
     def rows(self, seed: int, epoch: int, index: int, batch_size: int) -> Tensor:
         """Rows of one batch of an epoch, in which each is in at most one."""
         return batch_rows(len(self), batch_size, seed, epoch, index, self.labels.device)
+
+
+def augmented_batch(
+    data: LabelledImages, image: ImageConfig, size: int, seed: int, epoch: int, index: int
+) -> tuple[Tensor, Tensor]:
+    """Batch ``index`` of an epoch as a classifier is trained on: images, normalised, and labels."""
+    rows = data.rows(seed, epoch, index, size)
+    own = seed_for(seed, "augment", epoch, index)
+    return augmented(data.images.take(rows), image, own), data.labels[rows]
 
 
 def accuracy(model: nn.Module, data: LabelledImages) -> dict[str, Any]:

@@ -10,10 +10,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from torch import nn
 
 from pipeline.codecs.choose_model import model_from_arrays
-from pipeline.codecs.entropy import StaticModel
-from pipeline.codecs.feature_codec import FeatureEncoder, quantized, read_spec
+from pipeline.codecs.feature_codec import (
+    Bottleneck,
+    FeatureEncoder,
+    FeatureSpec,
+    latents_of,
+    quantized,
+    read_spec,
+)
 from pipeline.device import default_device
 from pipeline.stage import ShardContext
 from pipeline.storage.array_artifact import FILE, read_arrays
@@ -54,7 +61,9 @@ class EncodeLatents:
     model: ClassVar[bool] = True
 
     def __call__(self, table: pa.Table, context: ShardContext) -> pa.Table:
-        found = _latents(_bottleneck(self.codec, default_device()), table)
+        spec, weights = self.codec.read()
+        encoder = Bottleneck.load(spec, weights).encoder.to(default_device())
+        found = _latents(read_spec(spec), encoder, table)
         return _without_image(table).append_column("latents", tensor_column(quantized(found)))
 
 
@@ -82,7 +91,7 @@ class EncodeFeatures:
 
     def __call__(self, table: pa.Table, context: ShardContext) -> pa.Table:
         encoder = read_encoder(self.codec, self.entropy, default_device())
-        found = quantized(_latents(encoder, table))
+        found = quantized(_latents(encoder.spec, encoder.network, table))
         coded = [encoder.record(one, self.budget) for one in found]
         records, dropped = [record for record, _, _ in coded], [lost for _, _, lost in coded]
         symbols = np.array([kept for _, kept, _ in coded], np.int16).reshape(found.shape)
@@ -96,26 +105,16 @@ class EncodeFeatures:
         return table.append_column("features", pa.array(records, pa.binary()))
 
 
-@lru_cache(maxsize=2)
-def _bottleneck(files: ModelFiles, device: torch.device) -> FeatureEncoder:
-    spec = read_spec(files.read()[0])
-    none = StaticModel.counted(np.zeros((1, *spec.latents), np.int64))
-    made = FeatureEncoder.load(*files.read(), none)
-    made.network.to(device)
-    return made
-
-
-def _latents(encoder: FeatureEncoder, table: pa.Table) -> npt.NDArray[np.float32]:
-    """Latents (N, C, h, w) float32 of the images of a table."""
+def _latents(spec: FeatureSpec, encoder: nn.Module, table: pa.Table) -> npt.NDArray[np.float32]:
+    """Latents (N, C, h, w) of the images of a table."""
     pixels = torch.from_numpy(to_numpy(table["image"]).transpose(0, 3, 1, 2).copy())
-    device, found = next(encoder.network.parameters()).device, []
+    device, found = next(encoder.parameters()).device, []
     for part in torch.split(pixels, BATCH):
         x = part.to(device).float() / 255
         # Sums of floats depend on the size of a batch: all have the same.
         whole = torch.cat([x, x[:1].expand(BATCH - len(x), -1, -1, -1)])
-        found.append(encoder.latents(whole)[: len(x)].float().cpu().numpy())
-    empty = np.zeros((0, *encoder.spec.latents), np.float32)
-    return np.concatenate([empty, *found])
+        found.append(latents_of(spec, encoder, whole)[: len(x)].float().cpu().numpy())
+    return np.concatenate([np.zeros((0, *spec.latents), np.float32), *found])
 
 
 def _without_image(table: pa.Table) -> pa.Table:
