@@ -276,11 +276,15 @@ class FeatureDecoder:
         return torch.from_numpy(found)
 
     @torch.inference_mode()
+    def features(self, latents: Tensor) -> Tensor:
+        """Features (N, target, H, W) of latents (N, C, h, w), on the network's device."""
+        device = next(self.network.parameters()).device
+        return cast("Tensor", self.network(latents.to(device)))
+
     def decode(self, records: list[bytes]) -> Tensor:
         """Features (N, target, H, W) of records.
 
         Raises:
             BitstreamError: one is damaged, or of another codec.
         """
-        device = next(self.network.parameters()).device
-        return cast("Tensor", self.network(self.latents(records).to(device)))
+        return self.features(self.latents(records))

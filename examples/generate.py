@@ -18,13 +18,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import pipeline
-from pipeline.recipes.tokenize import CPU, open_tokenizer
 from pipeline.report import contact_sheet
-from pipeline.stages.tokenize import read_tokenizer
-from pipeline.token_dataset import TokenDataset
+from pipeline.token_samples import TokenSamples
 from pipeline.tokenizers.network import Block
 from pipeline.tokenizers.tokens import TokenForm, Tokens
 
@@ -105,17 +102,16 @@ def sample(model: Generator, labels: Tensor, steps: int = 12) -> Tensor:
     return ids
 
 
-def train(store: TokenDataset, *, masked: bool, epochs: int) -> Generator:
+def train(store: TokenSamples, *, masked: bool, epochs: int) -> Generator:
     """A generator that has seen the store ``epochs`` times."""
     torch.manual_seed(0)
     model = Generator(store.form, len(store.classes), masked=masked)
-    loader = DataLoader(store, batch_size=64, shuffle=True, drop_last=True)
+    loader = store.to_torch().loader(64, drop_last=True)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, epochs * len(loader))
     total = 0.0
-    for epoch in range(epochs):
-        store.set_epoch(epoch)  # another of the stored views
-        for values, lengths, labels in loader:
+    for _ in range(epochs):  # each shows another of the stored views
+        for values, lengths, labels, _ in loader:
             given = ids_of(values, store.form) if masked else values
             loss = losses(model, given, lengths, labels)
             optimizer.zero_grad()
@@ -153,7 +149,7 @@ def main() -> None:
         chosen = {"tokenizer": str(options.tokenizer)}
         pipeline.run("tokenize", "digits", out=options.tokens, config=chosen)
     store = pipeline.open(options.tokens)
-    tokenizer = read_tokenizer(open_tokenizer(options.tokenizer).files, CPU)
+    tokenizer = pipeline.load_tokenizer(options.tokenizer)
     store.check(tokenizer)  # tokens of another tokenizer would be noise
     labels = torch.arange(len(store.classes)).repeat(4)
     most = torch.full((len(labels),), store.form.max_tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pipeline.config import Config, build, merge
 from pipeline.datasets import Dataset, find_dataset, with_selection
 from pipeline.digest import dumps
 from pipeline.errors import UsageError
+from pipeline.options import FLAGS
 from pipeline.orchestration.executor import Resources, executors
 from pipeline.orchestration.memory import WORK
 from pipeline.orchestration.plan import Planner
@@ -27,10 +28,10 @@ COMMAND = "command.json"
 
 
 def configure(
-    recipe: str, dataset: str, data: str | Path | None, values: Mapping[str, Any]
+    recipe: str, source: str, data: str | Path | None, values: Mapping[str, Any]
 ) -> Config:
     """The full configuration of a recipe on a data set: its defaults under ``values``."""
-    return _configure(recipe, find_dataset(dataset, data), values)
+    return _configure(recipe, find_dataset(source, data), values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +40,12 @@ class Job:
 
     Attributes:
         recipe: name of a recipe, such as ``distill``.
-        dataset: name of a data set, or a path.
+        source: name of a data set, its path or its URL.
         data: where named data sets lie.
         selection: output of a run of ``prune``: only the training samples that it kept are used.
         out: output folder, or its URL; ``runs/<recipe>-<dataset>`` where not given.
-        config: values that differ from the recipe's defaults, nested by section.
+        config: what differs from the recipe's defaults: nested by section, or the recipe's own
+            configuration, of which what was set counts.
         executor: ``local`` (this process) or ``ray``.
         address: Ray cluster to join.
         workers: Ray workers at a time.
@@ -57,11 +59,11 @@ class Job:
     """
 
     recipe: str
-    dataset: str
+    source: str | Path
     data: str | Path | None = None
     selection: str | Path | None = None
     out: str | Path | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | Config = field(default_factory=dict)
     executor: str = "local"
     address: str | None = None
     workers: int | None = None
@@ -101,11 +103,19 @@ class Job:
     def command(self, dataset: Dataset) -> dict[str, Any]:
         """The job as plain JSON types, with places as a later process finds them."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values["dataset"] = self.dataset if dataset.info else _absolute(self.dataset)
+        values["source"] = self.source if dataset.info else _absolute(str(self.source))
+        values["config"] = self.values
         for place in ("data", "selection"):
             values[place] = None if values[place] is None else _absolute(str(values[place]))
         del values["out"]
         return values
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What differs from the recipe's defaults."""
+        if isinstance(self.config, Config):
+            return self.config.model_dump(mode="json", exclude_unset=True)
+        return dict(self.config)
 
     def store(self, dataset: Dataset) -> Store:
         """Where the output goes."""
@@ -115,7 +125,7 @@ class Job:
 
 def run(
     recipe: str,
-    dataset: str,
+    source: str | Path,
     *,
     retry: Collection[str] | None = None,
     progress: Progress | None = None,
@@ -125,11 +135,12 @@ def run(
 
     Args:
         recipe: name of a recipe, such as ``distill``.
-        dataset: name of a data set, or a path.
+        source: name of a data set, its path or its URL.
         retry: take up samples in quarantine once more: those with one of these reasons, or all
             where it is empty; shards in quarantine too.
         progress: what is shown of it; log lines where not given.
-        options: the other attributes of :class:`Job`.
+        options: the other attributes of :class:`Job`, and settings of the recipe by the names that
+            its options have on the command line, as in ``ipc=10``, or by those of its sections.
 
     Returns:
         A summary of plain JSON types, with the paths of what was written and the seconds that
@@ -139,14 +150,14 @@ def run(
         UsageError: something asked for does not exist or does not hold.
         RunError: the run started and could not finish.
     """
-    job = Job(recipe=recipe, dataset=dataset, **options)
+    job = _job(recipe, source, options)
     found, chosen, values = _prepared(job)
     store, command = job.store(found), job.command(found)
     where = executors.get(job.executor)(address=job.address, workers=job.workers)
     with open_run(
         store,
         where,
-        command=f"{recipe} {dataset}",
+        command=f"{recipe} {source}",
         about=command,
         progress=progress,
         retry=None if retry is None else frozenset(retry),
@@ -160,15 +171,17 @@ def run(
     return {**summary, "seconds": seconds, "out": str(store)}
 
 
-def plan(recipe: str, dataset: str, *, gpu: str | None = None, **options: Any) -> dict[str, Any]:
+def plan(
+    recipe: str, source: str | Path, *, gpu: str | None = None, **options: Any
+) -> dict[str, Any]:
     """What :func:`run` with the same arguments would do. Nothing is started or written.
 
     Args:
         recipe: name of a recipe, such as ``distill``.
-        dataset: name of a data set, or a path.
+        source: name of a data set, its path or its URL.
         gpu: name of the GPU that hours are told for, such as ``a100``; the device at hand where not
             given.
-        options: the other attributes of :class:`Job`.
+        options: as for :func:`run`.
 
     Returns:
         ``estimate``, units, FLOPs, hours and bytes, of recipes that tell them; ``steps``, each a
@@ -179,7 +192,7 @@ def plan(recipe: str, dataset: str, *, gpu: str | None = None, **options: Any) -
     Raises:
         UsageError: something asked for does not exist or does not hold.
     """
-    job = Job(recipe=recipe, dataset=dataset, **options)
+    job = _job(recipe, source, options)
     found, chosen, values = _prepared(job)
     planner = Planner(job.store(found), executors.get("local")(), **job.options)
     until = planner.follow(lambda run: chosen.run(run, found, values))
@@ -205,12 +218,26 @@ def _told(resources: Resources) -> dict[str, Any]:
     return {**resources.model_dump(), "gpus": resources.gpus if said else None}
 
 
+def _job(recipe: str, source: str | Path, options: Mapping[str, Any]) -> Job:
+    """A job; options that it does not have are settings of the recipe."""
+    known = {item.name for item in fields(Job)}
+    job = Job(recipe=recipe, source=source, **{n: v for n, v in options.items() if n in known})
+    values = job.values
+    for name, value in options.items():
+        if name not in known:
+            nested = value
+            for part in reversed(FLAGS.get(name, name).split(".")):
+                nested = {part: nested}
+            values = merge(values, nested)
+    return replace(job, config=values)
+
+
 def _prepared(job: Job) -> tuple[Dataset, Any, Config]:
     job.check()
-    found = find_dataset(job.dataset, job.data)
+    found = find_dataset(str(job.source), job.data)
     if job.selection is not None:
         found = with_selection(found, job.selection)
-    return found, recipes.get(job.recipe), _configure(job.recipe, found, job.config)
+    return found, recipes.get(job.recipe), _configure(job.recipe, found, job.values)
 
 
 def resume(

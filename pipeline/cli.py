@@ -9,44 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.options import make_parser
-
-FLAGS = {
-    "ipc": "ipc",
-    "preset": "preset",
-    "label_budget": "relabel.budget",
-    "teacher_weights": "teacher.weights",
-    "teacher_backbone": "teacher.backbone",
-    "format": "format",
-    "shard_mb": "shard_mb",
-    "encode": "encode",
-    "quality": "quality",
-    "shorter": "shorter",
-    "score": "score",
-    "keep": "keep",
-    "selector": "selector",
-    "dedup": "dedup",
-    "backbone": "proxy.backbone",
-    "weights": "proxy.weights",
-    "materialize": "materialize",
-    "tokenizer": "tokenizer",
-    "codebook": "codebook",
-    "features": "features.network",
-    "features_weights": "features.weights",
-    "encoder": "encoder",
-    "beta": "beta",
-    "budget": "budget",
-    "k": "code.k",
-    "m": "code.m",
-    "d_tilde": "code.d",
-    "views": "views",
-    "size": "size",
-    "tokens": "tokens",
-    "mean_bytes": "mean_bytes",
-    "min_psnr": "min_psnr",
-}
-"""Options that are short for a ``--set``, by the setting they stand for."""
-
+from pipeline.options import FLAGS, make_parser
 
 NOTHING_TO_DO = 3
 """Exit code of a plan of a run that is finished."""
@@ -83,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     values = _values(arguments)
     if arguments.print_config:
-        print(dump_yaml(configure(arguments.recipe, arguments.dataset, arguments.data, values)))
+        print(dump_yaml(configure(arguments.recipe, arguments.source, arguments.data, values)))
         return 0
     show(verbose=arguments.verbose)
     summary = run(**_job(arguments, values), progress=on_terminal())
@@ -117,7 +80,7 @@ def _job(arguments: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any
     from pipeline.config import parse_assignments
 
     names = (
-        "recipe dataset data selection out executor address workers threads checkpoint_minutes "
+        "recipe source data selection out executor address workers threads checkpoint_minutes "
         "seed max_bad"
     )
     given = {name: getattr(arguments, name) for name in names.split()}

@@ -15,10 +15,10 @@ import numpy as np
 
 from pipeline.device import reproducible
 from pipeline.errors import UsageError
-from pipeline.loaders import open as open_run
+from pipeline.open_output import open as open_run
 from pipeline.recipes.tokenize import CPU, open_tokenizer
 from pipeline.stages.tokenize import read_tokenizer
-from pipeline.token_dataset import TokenDataset
+from pipeline.token_samples import TokenSamples
 from pipeline.tokenizers.export import export
 
 Answer = tuple[int, dict[str, Any], str]
@@ -64,7 +64,7 @@ def run_tokenizer(arguments: Namespace) -> Answer:
 def run_tokens(arguments: Namespace) -> Answer:
     """``pipeline export tokens``."""
     store = open_run(arguments.path, split=arguments.split)
-    if not isinstance(store, TokenDataset) or store.form.vocabulary is None:
+    if not isinstance(store, TokenSamples) or store.form.vocabulary is None:
         raise UsageError(
             "There are no tokens with ids here.",
             hint="Give the output of 'pipeline run tokenize', with tokens of at most 62 bits.",
@@ -78,7 +78,7 @@ def run_tokens(arguments: Namespace) -> Answer:
     return 0, told, f"{arguments.out}: {len(store):,} images, {store.views} views of each"
 
 
-def ids(store: TokenDataset, row: int) -> list[list[int]]:
+def ids(store: TokenSamples, row: int) -> list[list[int]]:
     """Ids of the views of one image, each as long as it is; bit j of a token has the value 2^j."""
     found = []
     for view in range(store.views):
@@ -89,7 +89,7 @@ def ids(store: TokenDataset, row: int) -> list[list[int]]:
     return found
 
 
-def write_llamagen(store: TokenDataset, folder: Path) -> None:
+def write_llamagen(store: TokenSamples, folder: Path) -> None:
     """``codes/<i>.npy``, int64 (1, views, N), and ``labels/<i>.npy``, int64 (1,), as LlamaGen's.
 
     Raises:
@@ -108,7 +108,7 @@ def write_llamagen(store: TokenDataset, folder: Path) -> None:
         np.save(folder / "labels" / f"{row}.npy", store.labels[row : row + 1].numpy())
 
 
-def write_titok(store: TokenDataset, folder: Path) -> None:
+def write_titok(store: TokenSamples, folder: Path) -> None:
     """``pretokenized.jsonl``, a line a view: ``class_id`` and ``tokens``, as TiTok's and RAR's."""
     with (folder / "pretokenized.jsonl").open("w", encoding="utf-8") as file:
         for row in range(len(store)):

@@ -1,203 +1,353 @@
-"""Outputs as torch data sets."""
+"""Samples as torch data sets, in batches, and exactly where a training stopped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+import os
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from threadpoolctl import threadpool_limits
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from pipeline.api import recorded
-from pipeline.dataset_distill.label_codec import LabelCodec
-from pipeline.dataset_distill.relabel import mean_logits
-from pipeline.dataset_distill.student import EpochViews, SoftLabels
-from pipeline.dataset_distill.views import ViewSampler, render
-from pipeline.datasets import find_dataset
-from pipeline.digest import seed_for
-from pipeline.errors import UsageError
-from pipeline.labelled_images import ImageConfig, Pictures
-from pipeline.stage import ShardContext
-from pipeline.stages.decode import Decode
-from pipeline.storage.artifact import Artifact, ArtifactSource
-from pipeline.storage.models import read_model
-from pipeline.storage.selected import SelectedSource, selected_keys
-from pipeline.storage.source import Source
-from pipeline.storage.store import open_store
-from pipeline.tensors import to_numpy
-from pipeline.token_dataset import TokenDataset
+from pipeline.epoch_order import EpochOrder, Rows, Steps
+from pipeline.errors import PipelineError, UsageError
+from pipeline.samples import OnError, Samples
 
-CPU = torch.device("cpu")
+VERSION = 1
+AHEAD = 2
+"""Batches that each thread may be ahead."""
 
 
-class DistilledDataset(Dataset[tuple[Tensor, Tensor]]):
-    """A distilled set: item i is a view of image i and the teachers' logits for that view.
+B = TypeVar("B", bound=tuple[Any, ...])
 
-    Any image and view can be asked for by itself, in any order, in batches of any size and by any
-    number of processes. Labels are held as they are stored and decoded one by one. Where a run
-    stored none (``relabel.online``), the teachers are asked.
+
+class TorchSamples(Dataset[B], Generic[B]):
+    """Samples as tensors: a map-style data set for any ``DataLoader``.
+
+    An item is a named tuple whose last field is ``key``; a batch is the same with tensors of a
+    batch, and a list of keys.
 
     Attributes:
-        classes: class names by label.
-        keys: the images' keys.
-        labels: (N,) int64 class of each image.
-        soft_labels: the label store: ``views``, how many there are of each image, and ``logits``.
+        samples: what it is of.
+        epoch: of what there is in several views, the one that items show.
+        on_error: ``raise``, or ``skip`` for samples that cannot be read to be left out.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
-        labels = ArtifactSource(artifact.product("labels"))
-        config, told = artifact.manifest["config"], artifact.manifest["label_store"]
-        image = ImageConfig.model_validate(config["image"])
-        table = pa.concat_tables(labels.tables())
-        self.classes = labels.classes
-        self.keys: list[str] = table["key"].to_pylist()
-        self.labels = torch.from_numpy(np.array(to_numpy(table["label"])))
-        codec = LabelCodec.model_validate(told["codec"])
-        self.soft_labels = SoftLabels.of(table, codec, len(self.classes))
-        self._pictures = Pictures.of(_pixels(artifact, self.keys, image), image, CPU)
-        relabel = config["relabel"]
-        sampler = ViewSampler(image, relabel["crop_floor"], relabel["cutmix"], told["group"])
-        self._views = EpochViews(sampler, self.soft_labels.seeds)
-        self._teachers: list[nn.Module] = []
-        if not self.soft_labels.views:
-            teachers = artifact.product("teacher")
-            units = [record["name"] for record in teachers.records()]
-            self._teachers = [read_model(teachers, CPU, unit) for unit in units]
-        self._view = 0
+    def __init__(self, samples: Samples, on_error: OnError = "raise") -> None:
+        self.samples, self.on_error, self.epoch = samples, on_error, 0
+
+    @abstractmethod
+    def batch(self, rows: Rows, epoch: int) -> B:
+        """Some samples, in the order of ``rows`` int64 (n,), as tensors (n, ...)."""
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.samples)
 
     @property
-    def images(self) -> Tensor:
-        """(N, C, S, S) float32, normalised, without augmentation."""
-        return self._pictures.take(slice(None))
+    def keys(self) -> list[str]:
+        """The samples' keys, in order."""
+        return self.samples.keys
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by label."""
+        return self.samples.classes
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the view that items show: epoch e shows view e mod V of every image."""
-        views = self.soft_labels.views
-        self._view = epoch % views if views else epoch
+        self.epoch = epoch
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        row = range(len(self))[index]
-        rows, first = torch.tensor([row]), torch.zeros(1, dtype=torch.int64)
-        picture = render(self._pictures, self._views.of(self._view, CPU), rows, first)[0]
-        if self._teachers:
-            with torch.no_grad():
-                return picture, mean_logits(self._teachers, picture[None])[0]
-        return picture, torch.from_numpy(self.soft_labels.logits(row, self._view))
+    def __getitem__(self, index: int) -> B:
+        found = self.__getitems__([range(len(self))[index]])
+        if not found:
+            raise UsageError(
+                f"The sample {index} cannot be read.",
+                hint="Open the data with on_error='raise' to be told why.",
+                code="bad-sample",
+                where=self.samples.place,
+            )
+        return found[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[B]:
+        """Several items at once, as a ``DataLoader`` asks for them."""
+        return items_of(self.batch(np.asarray(rows, np.int64), self.epoch))
+
+    def stream(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        window: int = 16,
+        rank: int | None = None,
+        world: int | None = None,
+        drop_last: bool = False,
+        threads: int = 0,
+    ) -> BatchStream[B]:
+        """Batches of an epoch after the other, for ``DataLoader(stream, batch_size=None)``.
+
+        Args:
+            batch_size: samples of a batch of one rank.
+            seed: of the order.
+            shuffle: whether every epoch has an order of its own.
+            window: shards whose samples are mixed with one another.
+            rank: of this process; that of ``torch.distributed`` where not given.
+            world: how many ranks there are; likewise.
+            drop_last: leave out the last batches where not all of them are full.
+            threads: that prepare batches ahead, where there are no worker processes.
+        """
+        order = EpochOrder(self.samples.counts(), seed, window, shuffle)
+        own, all_ranks = _ranks(rank, world)
+        return BatchStream(self, order, batch_size, own, all_ranks, drop_last, threads)
+
+    def loader(
+        self,
+        batch_size: int,
+        *,
+        num_workers: int = 0,
+        threads: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        window: int = 16,
+        rank: int | None = None,
+        world: int | None = None,
+        drop_last: bool = False,
+        **options: Any,
+    ) -> Loader[B]:
+        """A ``DataLoader`` of batches that knows where it is.
+
+        Args:
+            batch_size: samples of a batch of one rank.
+            num_workers: processes that prepare batches; of use where Python itself takes long, as
+                in some transforms.
+            threads: that prepare batches in this process, where there are no others; one for each
+                core where not given.
+            seed: of the order.
+            shuffle: whether every epoch has an order of its own.
+            window: shards whose samples are mixed with one another.
+            rank: of this process; that of ``torch.distributed`` where not given.
+            world: how many ranks there are; likewise.
+            drop_last: leave out the last batches where not all of them are full.
+            options: other options of ``torch.utils.data.DataLoader``, such as ``pin_memory``.
+        """
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        stream = self.stream(
+            batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            window=window,
+            rank=rank,
+            world=world,
+            drop_last=drop_last,
+            threads=(cores or 1) if threads is None else threads,
+        )
+        return Loader(stream, num_workers=num_workers, **options)
 
 
-def _pixels(artifact: Artifact, keys: list[str], image: ImageConfig) -> npt.NDArray[np.uint8]:
-    """The synthetic images with these keys, (N, S, S, C)."""
-    decode = Decode(image.size, image.channels)
-    found: dict[str, npt.NDArray[np.uint8]] = {}
-    for table in ArtifactSource(artifact.product("images")).tables():
-        decoded = decode(table.select(["key", "image"]), ShardContext("", 0))
-        found |= dict(zip(decoded["key"].to_pylist(), to_numpy(decoded["image"]), strict=True))
-    return np.stack([found[key] for key in keys])
+def items_of(batch: B) -> list[B]:
+    """The samples of a batch one by one."""
+    kind: Any = type(batch)
+    return [kind(*item) for item in zip(*batch, strict=True)]
 
 
-class PrunedDataset(IterableDataset[tuple[Tensor, int, str]]):
-    """The samples that a pruning kept, read shard by shard: image, label and key of each.
+def _ranks(rank: int | None, world: int | None) -> tuple[int, int]:
+    together = torch.distributed
+    if rank is None and world is None and together.is_available() and together.is_initialized():
+        return together.get_rank(), together.get_world_size()
+    own, all_ranks = rank or 0, 1 if world is None else world
+    if not 0 <= own < all_ranks:
+        raise UsageError(
+            f"There is no rank {own} of {all_ranks}.",
+            hint="Ranks count from 0; give both rank and world.",
+            code="bad-loader",
+        )
+    return own, all_ranks
 
-    Images are uint8 (C, S, S); the label is -1 where there are none. Every epoch has another order:
-    shards are shuffled, and samples within their shard. The workers of a ``DataLoader`` share the
-    shards, and so do ranks.
+
+class BatchStream(IterableDataset[B], Generic[B]):
+    """The batches of an epoch, each made by one of the workers of a ``DataLoader``.
+
+    The order of all samples is a function of seed and epoch. Step by step, all ranks together take
+    the next samples of it, so what was seen after some steps is all before one position: a state
+    is an epoch and a position, and goes on with any other batch size, number of ranks and workers.
 
     Attributes:
-        classes: class names by label.
-        keys: the keys that were kept.
+        data: the samples.
+        epoch: whose batches an iteration gives.
+        position: from which it gives them.
     """
 
     def __init__(
-        self, source: Source, selection: Artifact, decode: Decode, seed: int, rank: int, world: int
+        self,
+        data: TorchSamples[B],
+        order: EpochOrder,
+        batch_size: int,
+        rank: int,
+        world: int,
+        drop_last: bool,
+        threads: int,
     ) -> None:
-        self.classes = source.classes
-        self.keys: list[str] = selected_keys(selection).to_pylist()
-        self._source, self._decode = SelectedSource(source, selection), decode
-        self._seed, self._rank, self._world, self._epoch = seed, rank, world, 0
+        if min(batch_size, order.window) < 1 or threads < 0:
+            raise UsageError(
+                "Batches and windows have at least one sample or shard, and no fewer than 0 "
+                "threads make them.",
+                hint="Check batch_size, window and threads.",
+                code="bad-loader",
+            )
+        self.data, self.order, self.batch_size = data, order, batch_size
+        self.rank, self.world, self.drop_last, self.threads = rank, world, drop_last, threads
+        self.epoch = self.position = 0
+
+    @property
+    def steps(self) -> Steps:
+        """The batches that are left of the epoch."""
+        return Steps(
+            len(self.order), self.position, self.batch_size, self.rank, self.world, self.drop_last
+        )
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.steps)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order: the same for all workers and ranks."""
-        self._epoch = epoch
+        """Choose the epoch. Of the one that it is in, what is left stays."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int, str]]:
+    def __iter__(self) -> Iterator[B]:
         worker = get_worker_info()
         part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
-        part, parts = self._rank * parts + part, self._world * parts
-        rng = np.random.default_rng(seed_for(self._seed, "order", self._epoch))
-        shards = self._source.shards
-        for number in rng.permutation(len(shards))[part::parts].tolist():
-            table = self._decode(self._source.read(shards[number]), ShardContext("", 0))
-            images = torch.from_numpy(to_numpy(table["image"]).transpose(0, 3, 1, 2).copy())
-            labels = table["label"].to_pylist() if self.classes else [-1] * len(table)
-            keys = table["key"].to_pylist()
-            order = np.random.default_rng(seed_for(self._seed, self._epoch, number))
-            for row in order.permutation(len(table)).tolist():
-                yield images[row], labels[row], keys[row]
+        make = partial(self._batch, self.steps, self.epoch)
+        numbers = iter(range(part, len(self), parts))
+        return _ahead(make, numbers, 0 if worker else self.threads)
+
+    def _batch(self, steps: Steps, epoch: int, step: int) -> B:
+        return self.data.batch(self.order.rows(epoch, *steps.span(step)), epoch)
+
+    def state_dict(self, batches: int = 0) -> dict[str, Any]:
+        """Where the training is: plain types.
+
+        Args:
+            batches: that this rank has been given since the iteration began. A ``DataLoader`` with
+                workers is ahead of the training and does not say; :class:`Loader` counts.
+        """
+        return {**self._own(), "epoch": self.epoch, "position": self.steps.reached(batches)}
+
+    def _own(self) -> dict[str, Any]:
+        order = {name: value for name, value in asdict(self.order).items() if name != "counts"}
+        return {"version": VERSION, "data": self.data.samples.identity, **order}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, with any batch size and any number of ranks and workers.
+
+        Raises:
+            UsageError: it is the state of other data, or of another order.
+        """
+        own = self._own()
+        other = [name for name, value in own.items() if state.get(name) != value]
+        if other:
+            name = other[0]
+            raise UsageError(
+                f"The state is of another loader: its {name} is {state.get(name)!r}, and here it "
+                f"is {own[name]!r}.",
+                hint="Open the same data with the same seed, shuffle and window; batch size, ranks "
+                "and workers may differ.",
+                code="other-loader",
+            )
+        self.epoch, self.position = state["epoch"], state["position"]
+        left = len(self.order) - self.position
+        if left < (self.batch_size * self.world if self.drop_last else 1):
+            self.epoch, self.position = self.epoch + 1, 0
 
 
-def open(  # noqa: A001
-    path: str | Path,
-    *,
-    dataset: str | None = None,
-    data: str | Path | None = None,
-    size: int | None = None,
-    seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    split: str = "train",
-) -> DistilledDataset | PrunedDataset | TokenDataset:
-    """Open what a run published.
+def _ahead(make: partial[B], numbers: Iterator[int], threads: int) -> Iterator[B]:
+    """What ``make`` gives for each number, in order, made by threads that may be ahead."""
+    if not threads:
+        yield from map(make, numbers)
+        return
+    # Each of its own: what a thread computes is too small to be shared out.
+    with ThreadPoolExecutor(threads, "batches", partial(threadpool_limits, 1, "openmp")) as pool:
+        waiting: deque[Future[B]] = deque()
+        try:
+            waiting.extend(pool.submit(make, n) for n in islice(numbers, AHEAD * threads))
+            while waiting:
+                found = waiting.popleft().result()
+                waiting.extend(pool.submit(make, n) for n in islice(numbers, 1))
+                yield found
+        finally:
+            for one in waiting:
+                one.cancel()
 
-    Args:
-        path: path or URL of the output folder of a finished run.
-        dataset: of a pruned data set, where its samples are read from: a name, a path or a URL of
-            what was pruned or of any copy. Where not given, the shards that were materialised, or
-            the place that the run itself read.
-        data: where named data sets lie.
-        size: of a pruned data set, the side of its images in pixels; the recipe's where not given.
-        seed: of a pruned data set's order.
-        rank: of a pruned data set, the part of the shards that this process reads.
-        world: number of such parts.
-        split: of a token store, ``train`` or ``test``.
 
-    Raises:
-        UsageError: there is no finished run, it is of a kind that is not opened this way, or the
-            pruned data set is not found.
-        RunError: a file is missing or damaged.
+class _Told(IterableDataset[Any]):
+    """A stream whose errors are its last item: raised in a worker, they become a RuntimeError."""
+
+    def __init__(self, stream: BatchStream[Any]) -> None:
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.stream
+        except PipelineError as error:
+            yield error
+
+
+class Loader(DataLoader[B]):
+    """A ``DataLoader`` over a :class:`BatchStream`, which counts what the training was given.
+
+    Each iteration is one epoch, and after it comes the next.
+
+    Attributes:
+        skipped: samples that could not be read and were left out, as ``on_error="skip"`` asks for.
     """
-    artifact = Artifact.open(open_store(path))
-    if artifact.manifest["kind"] == "distilled":
-        return DistilledDataset(artifact)
-    if artifact.manifest["kind"] == "tokens":
-        return TokenDataset(artifact, split)
-    if artifact.manifest["kind"] != "pruned":
-        raise UsageError(
-            f"This folder holds '{artifact.manifest['kind']}', which is no training set.",
-            hint="Give the output folder of the whole run, of 'distill', 'prune' or 'tokenize'.",
-            code="not-a-run",
-            where=str(path),
-        )
-    image = ImageConfig.model_validate(artifact.manifest["config"]["image"])
-    source = _pruned_source(artifact, dataset, data)
-    decode = Decode(size or image.size, image.channels)
-    return PrunedDataset(source, artifact.product("selection"), decode, seed, rank, world)
 
+    def __init__(self, stream: BatchStream[B], *, num_workers: int = 0, **options: Any) -> None:
+        super().__init__(_Told(stream), batch_size=None, num_workers=num_workers, **options)
+        self.stream, self.skipped, self._given = stream, 0, 0
 
-def _pruned_source(artifact: Artifact, dataset: str | None, data: str | Path | None) -> Source:
-    """Where the samples of a pruned data set are read from."""
-    if dataset is None and "train" in artifact.products:
-        return ArtifactSource(artifact.product("train"))
-    if dataset is None:
-        job = recorded(artifact.store)
-        dataset, data = job["dataset"], data or job["data"]
-    return find_dataset(dataset, data).train
+    @property
+    def epoch(self) -> int:
+        """The epoch that an iteration gives."""
+        return self.stream.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch. Of the one that it is in, what is left stays."""
+        self.stream.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Batches that are left of the epoch."""
+        return len(self.stream)
+
+    def __iter__(self) -> Iterator[B]:  # type: ignore[override]
+        steps, self._given = self.stream.steps, 0
+        for batch in super().__iter__():
+            if isinstance(batch, PipelineError):
+                raise batch
+            low, high = steps.span(self._given)
+            self.skipped += high - low - len(batch[-1])
+            self._given += 1
+            yield batch
+        self.stream.epoch, self.stream.position, self._given = self.epoch + 1, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training is, the batch that it was given last among what it has seen."""
+        return self.stream.state_dict(self._given)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, with any batch size and any number of ranks and workers.
+
+        Raises:
+            UsageError: it is the state of other data, or of another order.
+        """
+        self.stream.load_state_dict(state)
+        self._given = 0

@@ -19,6 +19,41 @@ RECIPES = {
     "tokenize": "tokens of all images, packed, in a store for generators",
     "train-tokenizer": "an image tokenizer: few tokens an image, as many as it needs",
 }
+FLAGS = {
+    "ipc": "ipc",
+    "preset": "preset",
+    "label_budget": "relabel.budget",
+    "teacher_weights": "teacher.weights",
+    "teacher_backbone": "teacher.backbone",
+    "format": "format",
+    "shard_mb": "shard_mb",
+    "encode": "encode",
+    "quality": "quality",
+    "shorter": "shorter",
+    "score": "score",
+    "keep": "keep",
+    "selector": "selector",
+    "dedup": "dedup",
+    "backbone": "proxy.backbone",
+    "weights": "proxy.weights",
+    "materialize": "materialize",
+    "tokenizer": "tokenizer",
+    "codebook": "codebook",
+    "features": "features.network",
+    "features_weights": "features.weights",
+    "encoder": "encoder",
+    "beta": "beta",
+    "budget": "budget",
+    "k": "code.k",
+    "m": "code.m",
+    "d_tilde": "code.d",
+    "views": "views",
+    "size": "size",
+    "tokens": "tokens",
+    "mean_bytes": "mean_bytes",
+    "min_psnr": "min_psnr",
+}
+"""Options that are short for a ``--set``, by the setting they stand for."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -55,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _distill_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
+    parser.add_argument("source", metavar="DATASET", help="a known name, a path or a URL")
     settings = parser.add_argument_group("recipe")
     settings.add_argument("--ipc", type=int, help="synthetic images per class")
     settings.add_argument(
@@ -74,7 +109,7 @@ def _distill_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _prune_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
+    parser.add_argument("source", metavar="DATASET", help="a known name, a path or a URL")
     settings = parser.add_argument_group("recipe")
     settings.add_argument(
         "--score",
@@ -111,7 +146,7 @@ def _prune_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train_tokenizer_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
+    parser.add_argument("source", metavar="DATASET", help="a known name, a path or a URL")
     settings = parser.add_argument_group("recipe")
     settings.add_argument(
         "--preset",
@@ -126,7 +161,7 @@ def _train_tokenizer_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _compress_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
+    parser.add_argument("source", metavar="DATASET", help="a known name, a path or a URL")
     settings = parser.add_argument_group("recipe")
     settings.add_argument(
         "--preset",
@@ -144,7 +179,7 @@ def _compress_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _features_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
+    parser.add_argument("source", metavar="DATASET", help="a known name, a path or a URL")
     settings = parser.add_argument_group("recipe")
     settings.add_argument("--preset", metavar="NAME", help="small (default) or resnet50")
     settings.add_argument(
@@ -161,7 +196,7 @@ def _features_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _codebook_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
+    parser.add_argument("source", metavar="DATASET", help="a known name, a path or a URL")
     settings = parser.add_argument_group("recipe")
     settings.add_argument("--size", type=int, metavar="K", help="codes (10,000)")
     settings.add_argument(
@@ -174,7 +209,7 @@ def _codebook_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _tokenize_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="DATASET", help="a known name, a path or a URL")
+    parser.add_argument("source", metavar="DATASET", help="a known name, a path or a URL")
     settings = parser.add_argument_group("recipe")
     settings.add_argument(
         "--tokenizer", metavar="PATH", help="output of train-tokenizer, or an exported folder"
@@ -194,7 +229,7 @@ def _tokenize_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="SRC", help="a known name, a path or a URL")
+    parser.add_argument("source", metavar="SRC", help="a known name, a path or a URL")
     parser.add_argument("out", metavar="DST", help="output folder, or its URL")
     settings = parser.add_argument_group("format")
     settings.add_argument("--format", help="webdataset (default), parquet, zarr or folder")

@@ -48,6 +48,11 @@ class Decode:
     version: ClassVar[int] = 2
 
     def __call__(self, table: pa.Table, context: ShardContext) -> pa.Table:
+        kept, pixels = self.pixels(table, context)
+        return with_images(table, kept, tensor_column(pixels))
+
+    def pixels(self, table: pa.Table, context: ShardContext) -> tuple[list[int], Pixels]:
+        """Rows of the images that went well, and their pixels (n, size, size, channels)."""
         load_resize()
         square = (self.size, self.size)
         pixels = np.empty((len(table), *square, self.channels), np.uint8)
@@ -57,7 +62,7 @@ class Decode:
             resize(_middle(found), square, pixels[place])
 
         kept = each_image(table, context, put, self.seconds)
-        return with_images(table, kept, tensor_column(pixels[: len(kept)]))
+        return kept, pixels[: len(kept)]
 
 
 def each_image(

@@ -28,6 +28,7 @@ from pipeline.storage.tar import TarError, open_tar, read_members
 from pipeline.tensors import is_tensor, tensor_column, to_numpy
 
 Sample = dict[str, bytes | None]
+Members = dict[str, bytes]
 
 
 def read_samples(file: BinaryIO, name: str) -> list[tuple[str, Sample]]:
@@ -163,23 +164,17 @@ class WebDatasetFormat:
     regular: ClassVar[bool] = False
 
     def write(self, table: pa.Table, directory: Path, region: Region) -> None:
-        heavy = [f.name for f in table.schema if is_tensor(f.type) or f.name == "image"]
-        others = table.drop_columns(heavy).to_pylist()
-        stems = _stems([other["key"] for other in others])
+        stems = _stems(table["key"].to_pylist())
         size, part, tar = 0, 0, _create(directory / f"{region.name}.tar")
-        columns = [_members(name, table[name]) for name in heavy]
-        for stem, other, *members in zip(stems, others, *columns, strict=True):
-            own = sum(len(data) for _, data in members)
+        for stem, (members, told) in zip(stems, members_of(table), strict=True):
+            own = sum(len(data) for data in members.values())
             if size and 0 < self.max_bytes < size + own:
                 tar.close()
                 size, part = 0, part + 1
                 tar = _create(directory / f"{region.name}-{part:03d}.tar")
             size += own
-            for extension, data in members:
+            for extension, data in (members | told).items():
                 _add(tar, f"{stem}.{extension}", data)
-            if isinstance(other.get("label"), int):
-                _add(tar, f"{stem}.cls", str(other["label"]).encode())
-            _add(tar, f"{stem}.json", json.dumps(other, sort_keys=True).encode())
         tar.close()
 
     def read(self, directory: Path, name: str, offset: int, rows: int) -> pa.Table:
@@ -207,6 +202,18 @@ class WebDatasetFormat:
         for column, values in tensors.items():
             table = table.append_column(column, tensor_column(values))
         return table
+
+
+def members_of(table: pa.Table) -> Iterator[tuple[Members, Members]]:
+    """The members of each sample by extension: images and tensors, and what is told of them."""
+    heavy = [f.name for f in table.schema if is_tensor(f.type) or f.name == "image"]
+    others = table.drop_columns(heavy).to_pylist()
+    columns = [_members(name, table[name]) for name in heavy]
+    for other, *members in zip(others, *columns, strict=True):
+        told = {"json": json.dumps(other, sort_keys=True).encode()}
+        if isinstance(other.get("label"), int):
+            told = {"cls": str(other["label"]).encode(), **told}
+        yield dict(members), told
 
 
 def _members(name: str, column: pa.ChunkedArray) -> Iterator[tuple[str, bytes]]:

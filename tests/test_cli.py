@@ -28,7 +28,7 @@ def options(parser):
 
 RUN_OPTIONS = {
     "-h/--help": "help",
-    "dataset": "dataset",
+    "source": "source",
     "--set": "set",
     "--config": "config",
     "--print-config": "print_config",

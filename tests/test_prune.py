@@ -15,7 +15,6 @@ from PIL import Image
 from samples import encoded
 from test_duplicates import scene
 from torch import nn
-from torch.utils.data import DataLoader
 
 import pipeline
 from pipeline.api import plan
@@ -165,7 +164,7 @@ def test_a_budget_is_a_number_a_share_or_bytes(tmp_path: Path, keep: Any, kept: 
     summary = prune(tmp_path, keep=keep, selector="random")
     assert summary["counts"]["kept"] == kept
     # Shards of which nothing is kept are none the less read.
-    assert len({key for _, _, key in pipeline.open(tmp_path)}) == kept
+    assert len(set(pipeline.open(tmp_path).keys)) == kept
 
 
 def test_what_is_kept_whole_needs_no_score_and_no_features(tmp_path: Path) -> None:
@@ -173,7 +172,11 @@ def test_what_is_kept_whole_needs_no_score_and_no_features(tmp_path: Path) -> No
     assert summary["counts"]["kept"] == 1797
     assert list(summary["products"]) == ["selection"]
     tiny = prune(tmp_path / "tiny", keep=10, selector="random")
-    assert tiny["counts"]["kept"] == 10 == len(list(pipeline.open(tmp_path / "tiny")))
+    assert (
+        tiny["counts"]["kept"]
+        == 10
+        == len(list(pipeline.open(tmp_path / "tiny").to_torch().stream(1)))
+    )
 
 
 # Duplicates.
@@ -243,29 +246,28 @@ def test_a_pruned_set_opens_in_one_line(pruned: Any) -> None:
     keys = set(product(out, "selection")["key"].to_pylist())
     assert len(data) == len(keys)
     assert data.classes == tuple("0123456789")
-    orders = []
-    for epoch in range(2):
-        data.set_epoch(epoch)
-        batches = list(DataLoader(data, batch_size=64, num_workers=2))
-        assert batches[0][0].shape == (64, 1, 16, 16)
-        assert batches[0][0].dtype == torch.uint8
-        orders.append([key for _, _, names in batches for key in names])
-        assert sorted(orders[-1]) == sorted(keys)
-    assert orders[0] != orders[1]
-    data.set_epoch(0)
-    assert [key for _, _, key in data] == [key for _, _, key in data]
+    assert set(data.keys) == keys
     whole = find_dataset("digits", None).train
     labels = dict(zip(column(whole, "key"), column(whole, "label"), strict=True))
-    assert all(labels[key] == label for _, label, key in data)
+    for images, found, names in data.to_torch(normalize=False).loader(64):
+        assert images.shape[1:] == (1, 16, 16)
+        assert images.dtype == torch.uint8
+        assert [labels[name] for name in names] == found.tolist()
 
 
-def test_ranks_share_the_shards(pruned: Any) -> None:
+def test_a_pruned_set_is_read_from_any_copy(pruned: Any, tmp_path: Path) -> None:
     out, _ = pruned
-    parts = [
-        {key for _, _, key in pipeline.open(out, dataset="digits", size=8, rank=rank, world=3)}
-        for rank in range(3)
-    ]
-    assert sum(map(len, parts)) == len(set.union(*parts)) == len(pipeline.open(out))
+    pipeline.run("convert", "digits", out=tmp_path / "copy", format="webdataset")
+    own, copy = pipeline.open(out), pipeline.open(out, source=tmp_path / "copy")
+    assert sorted(copy.keys) == sorted(own.keys)
+    row = copy.keys.index(own.keys[7])
+    assert (copy[row]["image"] == own[7]["image"]).all()
+    pipeline.run("prune", "digits", out=tmp_path / "few", keep=50, selector="random")
+    few = pipeline.run("convert", "digits", out=tmp_path / "part", selection=tmp_path / "few")
+    assert few["train"]["out"] == 50
+    with pytest.raises(UsageError) as caught:
+        pipeline.open(out, source=tmp_path / "part")
+    assert caught.value.code == "other-data"
 
 
 def test_any_recipe_takes_a_selection(pruned: Any, tmp_path: Path) -> None:
@@ -340,7 +342,8 @@ def test_without_labels_a_network_has_to_be_given(
     summary = prune(tmp_path / "out", str(unlabelled), keep=0.5, **config)
     assert summary["counts"]["kept"] == 15
     assert product(tmp_path / "out", "selection").column_names == ["key"]
-    assert [label for _, label, _ in pipeline.open(tmp_path / "out")] == [-1] * 15
+    opened = pipeline.open(tmp_path / "out").to_torch()
+    assert [int(label) for _, label, _ in opened] == [-1] * 15
 
 
 # Plans and words.

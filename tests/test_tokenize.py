@@ -24,7 +24,7 @@ from pipeline.storage.digits import open_digits
 from pipeline.storage.store import LocalStore
 from pipeline.tensors import tensor_column, to_numpy
 from pipeline.testing.trees import tree_digest
-from pipeline.token_dataset import TokenDataset
+from pipeline.token_samples import TokenSamples
 from pipeline.tokenizers.lengths import LengthRule
 from pipeline.tokenizers.tokenizer import Tokenizer
 
@@ -56,10 +56,10 @@ def tokenizer(trained: Path) -> Tokenizer:
     return read_tokenizer(open_tokenizer(trained).files, CPU)
 
 
-def tokenized(trained: Path, out: Path, **config: Any) -> TokenDataset:
+def tokenized(trained: Path, out: Path, **config: Any) -> TokenSamples:
     pipeline.run("tokenize", "digits", out=out, config={"tokenizer": str(trained), **config})
     found = pipeline.open(out)
-    assert isinstance(found, TokenDataset)
+    assert isinstance(found, TokenSamples)
     return found
 
 
@@ -86,7 +86,8 @@ def test_every_image_has_its_tokens_once(
     assert len(store) == len(set(store.keys)) == 1797
     tokens = tokenizer.encode(digits())
     assert torch.equal(store.tokens(range(1797)).values, tokens.values)
-    values, length, label = store[5]
+    values, length, label, key = store.to_torch()[5]
+    assert key == store.keys[5]
     assert torch.equal(values, tokens.values[5])
     assert (length, label) == (8, int(store.labels[5]))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -201,10 +202,11 @@ def test_ten_crops_are_corners_the_middle_and_their_mirror_images(
     store = tokenized(trained, tmp_path, views="10crop")
     assert store.views == 10
     assert len(store) == 1797
-    first = store[0][0]
-    store.set_epoch(7)
-    assert torch.equal(store[0][0], store.tokens([0], 7).values[0])
-    assert not torch.equal(store[0][0], first)
+    data = store.to_torch()
+    first = data[0].tokens
+    data.set_epoch(7)
+    assert torch.equal(data[0].tokens, store.tokens([0], 7).values[0])
+    assert not torch.equal(data[0].tokens, first)
 
 
 def test_a_run_is_found_again(
