@@ -275,7 +275,7 @@ class FeatureDecoder:
             found[row] = decode_group(record, 1, self.model, DTYPE, where=f"record {row}")[0]
         return torch.from_numpy(found)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: a tail may be trained on what comes out
     def features(self, latents: Tensor) -> Tensor:
         """Features (N, target, H, W) of latents (N, C, h, w), on the network's device."""
         device = next(self.network.parameters()).device

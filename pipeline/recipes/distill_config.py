@@ -53,7 +53,9 @@ class DistillConfig(Config):
     relabel: RelabelConfig = RelabelConfig()
     student: StudentConfig = StudentConfig()
     seeds: int = Field(3, ge=1, description="students trained for each row of the evaluation")
-    arms: tuple[Arm, ...] = Field(tuple(ARMS), description="what students are trained on")
+    arms: tuple[Arm, ...] = Field(
+        tuple(ARMS), min_length=1, description="what students are trained on"
+    )
 
 
 LARGE = 64
