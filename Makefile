@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs clean
 
 demo: $(INSTALLED)  ## Install, then distil the bundled digits and write a report
 	$(BIN)/pipeline run distill digits --ipc 10 --out runs/demo
@@ -20,8 +20,11 @@ lint: $(INSTALLED)  ## Style, types and structure
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_structure.py
 
+docs: $(INSTALLED)  ## The site, below site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
 
 # constraints.txt holds the versions that were tested together.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -29,11 +29,13 @@ class FeatureCodecConfig(Config):
     """The encoder, and where its features go into the classifier."""
 
     split: str | None = Field(
-        None,
+        default=None,
         description="the last stage that is replaced, such as layer1; the second where not given",
     )
-    channels: int = Field(24, ge=1, description="of the latents")
-    strides: tuple[int, int] = Field((2, 2), description="of the encoder's first two convolutions")
+    channels: int = Field(default=24, ge=1, description="of the latents")
+    strides: tuple[int, int] = Field(
+        default=(2, 2), description="of the encoder's first two convolutions"
+    )
 
 
 @dataclass(frozen=True)

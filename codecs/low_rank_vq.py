@@ -30,27 +30,30 @@ _FULL = 32
 class CodeConfig(Config):
     """How the weights of a network are coded."""
 
-    k: int = Field(256, ge=2, le=65536, description="codes of a layer")
+    k: int = Field(default=256, ge=2, le=65536, description="codes of a layer")
     m: int = Field(
-        8, ge=1, description="numbers of a sub-vector: the largest divisor of a row up to this"
+        default=8,
+        ge=1,
+        description="numbers of a sub-vector: the largest divisor of a row up to this",
     )
     m_pointwise: int | None = Field(
-        None, ge=1, description="the same, of 1 x 1 convolutions; as others where not given"
+        default=None, ge=1, description="the same, of 1 x 1 convolutions; as others where not given"
     )
     m_linear: int | None = Field(
-        None, ge=1, description="the same, of linear layers; as others where not given"
+        default=None, ge=1, description="the same, of linear layers; as others where not given"
     )
-    k_linear: int | None = Field(None, ge=2, le=65536, description="codes of linear layers")
+    k_linear: int | None = Field(default=None, ge=2, le=65536, description="codes of linear layers")
     d: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="numbers of a code: as many in every layer, or estimated for each"
+        default="auto",
+        description="numbers of a code: as many in every layer, or estimated for each",
     )
     tolerance: float = Field(
-        0.05,
+        default=0.05,
         ge=0,
         description="of the estimate: the least d whose error is so little above that of d = m",
     )
-    skip: tuple[str, ...] = Field((), description="names of layers that stay as they are")
-    skip_first: bool = Field(True, description="the first convolution stays as it is")
+    skip: tuple[str, ...] = Field(default=(), description="names of layers that stay as they are")
+    skip_first: bool = Field(default=True, description="the first convolution stays as it is")
 
 
 @dataclass(frozen=True)

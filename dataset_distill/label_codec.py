@@ -29,8 +29,8 @@ class LabelCodec(Config):
     """
 
     kind: Literal["float16", "int8", "int4", "top-k"] = "float16"
-    top_k: int = Field(50, ge=1)
-    temperature: float = Field(20.0, gt=0, description="of the tail's mass")
+    top_k: int = Field(default=50, ge=1)
+    temperature: float = Field(default=20.0, gt=0, description="of the tail's mass")
 
     def bytes_a_view(self, classes: int) -> int:
         """Bytes of one view's logits, before entropy coding."""

@@ -67,14 +67,20 @@ Work = Callable[[Any], "Record | Rest"]
 class Resources(Config):
     """What one unit of a step needs."""
 
-    threads: int = Field(1, ge=1, description="CPU threads; the sums of floats depend on them")
+    threads: int = Field(
+        default=1, ge=1, description="CPU threads; the sums of floats depend on them"
+    )
     gpus: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         description="GPUs, or the share of one; a network is given 1 where nothing else is said",
     )
-    memory: int = Field(0, ge=0, description="bytes of main memory that Ray sets aside; 0: unsaid")
-    workers: int | None = Field(None, ge=1, description="units at a time; else as many as fit")
+    memory: int = Field(
+        default=0, ge=0, description="bytes of main memory that Ray sets aside; 0: unsaid"
+    )
+    workers: int | None = Field(
+        default=None, ge=1, description="units at a time; else as many as fit"
+    )
 
 
 class Executor(Protocol):

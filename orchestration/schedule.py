@@ -29,17 +29,22 @@ class Schedule(Config):
     """A command of ``pipeline`` and when to run it."""
 
     cron: str = Field(description="five fields: minute, hour, day of month, month, day of week")
-    timezone: str = Field("UTC", description="IANA name of the zone that the cron fields count in")
+    timezone: str = Field(
+        default="UTC", description="IANA name of the zone that the cron fields count in"
+    )
     run: str | tuple[str, ...] = Field(description="the arguments of 'pipeline'")
-    start: AwareDatetime | None = Field(None, description="nothing is due until after this time")
+    start: AwareDatetime | None = Field(
+        default=None, description="nothing is due until after this time"
+    )
     missed: Literal["skip", "run-once", "run-all"] = Field(
-        "run-once", description="what to do about due times at which nothing could run"
+        default="run-once", description="what to do about due times at which nothing could run"
     )
     overlap: Literal["forbid", "replace", "allow"] = Field(
-        "forbid", description="what to do while an earlier run of this schedule is still going"
+        default="forbid",
+        description="what to do while an earlier run of this schedule is still going",
     )
     deadline: str | None = Field(
-        None, description="how late a run may start: a number and s, m, h or d, such as 6h"
+        default=None, description="how late a run may start: a number and s, m, h or d, such as 6h"
     )
 
     @field_validator("cron")

@@ -23,25 +23,28 @@ class Config(BaseModel):
 class TrainConfig(Config):
     """How the training loop optimises a model."""
 
-    epochs: int = Field(30, ge=1)
-    batch_size: int = Field(128, ge=1)
+    epochs: int = Field(default=30, ge=1)
+    batch_size: int = Field(default=128, ge=1)
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(1e-3, gt=0, description="peak learning rate, decayed by a cosine")
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_epochs: int = Field(0, ge=0, description="in which the learning rate grows")
+    lr: float = Field(default=1e-3, gt=0, description="peak learning rate, decayed by a cosine")
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_epochs: int = Field(default=0, ge=0, description="in which the learning rate grows")
     zeta: float = Field(
-        1.0,
+        default=1.0,
         ge=1,
         description="the cosine ends at this multiple of the epochs: 1 at zero, 2 at half",
     )
     ema: float = Field(
-        0.0, ge=0, lt=1, description="decay of the averaged weights that are kept; 0: the last ones"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="decay of the averaged weights that are kept; 0: the last ones",
     )
     evaluations: int = Field(
-        1, ge=1, description="how often it is measured, the last time at the end"
+        default=1, ge=1, description="how often it is measured, the last time at the end"
     )
     workers: int = Field(
-        1, ge=1, description="processes that share every batch; the weights depend on it"
+        default=1, ge=1, description="processes that share every batch; the weights depend on it"
     )
 
 

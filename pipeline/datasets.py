@@ -30,16 +30,22 @@ class DatasetInfo(Config):
     looked for under its name.
     """
 
-    title: str = Field("a data set of your own", description="what it is, in a few words")
-    origin: str = Field("where you keep it", description="where to obtain it")
-    classes: int | tuple[str, ...] | None = Field(None, description="number of classes, or names")
-    size: int = Field(32, ge=1, description="side of the images that recipes work with, pixels")
-    channels: int = Field(3, description="1 or 3")
-    mean: tuple[float, ...] = Field(IMAGENET["mean"], description="of pixels in [0, 1]")
-    std: tuple[float, ...] = Field(IMAGENET["std"], description="of pixels in [0, 1]")
-    flip: bool = Field(True, description="whether a mirrored image keeps its label")
-    train: str | None = Field(None, description="path or URL of the training split, or of both")
-    test: str | None = Field(None, description="path or URL of the test split")
+    title: str = Field(default="a data set of your own", description="what it is, in a few words")
+    origin: str = Field(default="where you keep it", description="where to obtain it")
+    classes: int | tuple[str, ...] | None = Field(
+        default=None, description="number of classes, or names"
+    )
+    size: int = Field(
+        default=32, ge=1, description="side of the images that recipes work with, pixels"
+    )
+    channels: int = Field(default=3, description="1 or 3")
+    mean: tuple[float, ...] = Field(default=IMAGENET["mean"], description="of pixels in [0, 1]")
+    std: tuple[float, ...] = Field(default=IMAGENET["std"], description="of pixels in [0, 1]")
+    flip: bool = Field(default=True, description="whether a mirrored image keeps its label")
+    train: str | None = Field(
+        default=None, description="path or URL of the training split, or of both"
+    )
+    test: str | None = Field(default=None, description="path or URL of the test split")
 
     @property
     def image(self) -> dict[str, Any]:

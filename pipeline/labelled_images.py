@@ -24,11 +24,13 @@ from pipeline.tensors import to_numpy
 class ImageConfig(Config):
     """The pictures: shape, normalisation and what may be done to them without changing a label."""
 
-    size: int = Field(224, ge=4, description="side of the square images, in pixels")
+    size: int = Field(default=224, ge=4, description="side of the square images, in pixels")
     channels: Literal[1, 3] = 3
-    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="per channel, of [0, 1]")
+    mean: tuple[float, ...] = Field(
+        default=(0.485, 0.456, 0.406), description="per channel, of [0, 1]"
+    )
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    flip: bool = Field(True, description="whether a mirrored image keeps its label")
+    flip: bool = Field(default=True, description="whether a mirrored image keeps its label")
 
     def model_spec(self, backbone: str, classes: int) -> ModelSpec:
         """The specification of a classifier of such images."""

@@ -96,8 +96,13 @@ def test_the_public_surface_is_frozen() -> None:
     assert pipeline.__all__ == [
         "PipelineError",
         "RunError",
+        "Samples",
         "UsageError",
         "__version__",
+        "load_codec",
+        "load_teacher",
+        "load_tokenizer",
         "open",
+        "plan",
         "run",
     ]

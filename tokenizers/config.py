@@ -17,9 +17,11 @@ class BernoulliConfig(Config):
     """
 
     kind: Literal["bernoulli"] = "bernoulli"
-    bits: int = Field(64, ge=1, le=1024, description="bits of a token")
-    temperature: float = Field(0.1, gt=0, description="of the draws: logits are divided by it")
-    certainty_weight: float = Field(0.0, ge=0, description="of the mean of p (1 - p)")
+    bits: int = Field(default=64, ge=1, le=1024, description="bits of a token")
+    temperature: float = Field(
+        default=0.1, gt=0, description="of the draws: logits are divided by it"
+    )
+    certainty_weight: float = Field(default=0.0, ge=0, description="of the mean of p (1 - p)")
 
 
 class SignConfig(Config):
@@ -29,17 +31,22 @@ class SignConfig(Config):
     """
 
     kind: Literal["bsq", "lfq"] = "bsq"
-    bits: int = Field(12, ge=1, le=1024, description="bits of a token")
+    bits: int = Field(default=12, ge=1, le=1024, description="bits of a token")
     entropy_weight: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         description="of the entropy of a sample's bits less that of a batch's groups of bits",
     )
     group: int = Field(
-        1, ge=1, le=12, description="bits whose joint distribution the batch's entropy is of"
+        default=1,
+        ge=1,
+        le=12,
+        description="bits whose joint distribution the batch's entropy is of",
     )
-    inverse_temperature: float = Field(1.0, gt=0, description="of soft bits: larger is surer")
-    commitment_weight: float = Field(0.0, ge=0)
+    inverse_temperature: float = Field(
+        default=1.0, gt=0, description="of soft bits: larger is surer"
+    )
+    commitment_weight: float = Field(default=0.0, ge=0)
 
 
 class FSQConfig(Config):
@@ -49,7 +56,9 @@ class FSQConfig(Config):
     """
 
     kind: Literal["fsq"] = "fsq"
-    levels: tuple[Annotated[int, Field(ge=2)], ...] = Field((8, 8, 8, 5, 5, 5), min_length=1)
+    levels: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        default=(8, 8, 8, 5, 5, 5), min_length=1
+    )
 
 
 class VQConfig(Config):
@@ -66,21 +75,24 @@ class VQConfig(Config):
     """
 
     kind: Literal["vq"] = "vq"
-    vocabulary: int = Field(4096, ge=2, description="codes")
-    width: int = Field(12, ge=1, description="numbers of a code")
+    vocabulary: int = Field(default=4096, ge=2, description="codes")
+    width: int = Field(default=12, ge=1, description="numbers of a code")
     codes: Literal["learned", "ema", "projected"] = "learned"
     metric: Literal["cosine", "euclidean"] = Field(
-        "cosine", description="cosine: vectors and codes have length 1"
+        default="cosine", description="cosine: vectors and codes have length 1"
     )
     features: int | None = Field(
-        None, ge=1, description="numbers of a frozen code; as many as its width where not given"
+        default=None,
+        ge=1,
+        description="numbers of a frozen code; as many as its width where not given",
     )
     standardize: bool = Field(
-        True, description="vectors have mean 0 and variance 1 over images before they are compared"
+        default=True,
+        description="vectors have mean 0 and variance 1 over images before they are compared",
     )
-    commitment_weight: float = Field(0.1, ge=0, description="draws vectors to their codes")
-    codebook_weight: float = Field(0.4, ge=0, description="draws codes to their vectors")
-    decay: float = Field(0.99, gt=0, lt=1, description="of the moving average (ema)")
+    commitment_weight: float = Field(default=0.1, ge=0, description="draws vectors to their codes")
+    codebook_weight: float = Field(default=0.4, ge=0, description="draws codes to their vectors")
+    decay: float = Field(default=0.99, gt=0, lt=1, description="of the moving average (ema)")
 
 
 QuantizerConfig = Annotated[
@@ -91,11 +103,11 @@ QuantizerConfig = Annotated[
 class TransformerConfig(Config):
     """One side of a tokenizer."""
 
-    width: int = Field(128, ge=8)
-    depth: int = Field(4, ge=1, description="blocks")
-    heads: int = Field(4, ge=1)
+    width: int = Field(default=128, ge=8)
+    depth: int = Field(default=4, ge=1, description="blocks")
+    heads: int = Field(default=4, ge=1)
     resample_after: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="blocks after which the grid of patches is halved (encoder) or doubled "
         "(decoder)",
@@ -118,11 +130,13 @@ class TailDropConfig(Config):
     """
 
     lengths: Literal["uniform", "pow2"] = Field(
-        "uniform", description="how lengths are drawn: evenly, or as powers of two"
+        default="uniform", description="how lengths are drawn: evenly, or as powers of two"
     )
-    share: float = Field(1.0, ge=0, le=1, description="of the samples; others keep all tokens")
+    share: float = Field(
+        default=1.0, ge=0, le=1, description="of the samples; others keep all tokens"
+    )
     resolution_alpha: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="exponent of DetailFlow's schedule: fewer tokens are to show the image at a "
         "lower resolution; without it, at its own",
@@ -133,10 +147,10 @@ class LatentConfig(Config):
     """An image tokenizer: a transformer with latent tokens on both sides of a quantizer."""
 
     kind: Literal["latent"] = "latent"
-    size: int = Field(32, ge=4, description="side of the images in training, pixels")
+    size: int = Field(default=32, ge=4, description="side of the images in training, pixels")
     channels: Literal[1, 3] = 3
-    patch: int = Field(4, ge=1, description="side of a patch, pixels")
-    tokens: int = Field(32, ge=1, le=4096, description="tokens of an image at most")
+    patch: int = Field(default=4, ge=1, description="side of a patch, pixels")
+    tokens: int = Field(default=32, ge=1, le=4096, description="tokens of an image at most")
     encoder: TransformerConfig = TransformerConfig()
     decoder: TransformerConfig = TransformerConfig()
     quantizer: QuantizerConfig = SignConfig()
@@ -162,20 +176,24 @@ class GridConfig(Config):
     """
 
     kind: Literal["grid"] = "grid"
-    size: int = Field(32, ge=4, description="side of the images, pixels")
+    size: int = Field(default=32, ge=4, description="side of the images, pixels")
     channels: Literal[1, 3] = 3
     patch: int = Field(
-        2, ge=1, description="side of the patches that the networks begin and end with, pixels"
+        default=2,
+        ge=1,
+        description="side of the patches that the networks begin and end with, pixels",
     )
-    width: int = Field(32, ge=4, multiple_of=4, description="channels of a patch")
+    width: int = Field(default=32, ge=4, multiple_of=4, description="channels of a patch")
     multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1, 2),
+        default=(1, 2),
         min_length=1,
         description="of the width, at each resolution: the second has half the side, and so on",
     )
-    blocks: int = Field(1, ge=1, description="residual blocks at each resolution")
-    attention: bool = Field(True, description="at the lowest resolution")
-    latent: int = Field(64, ge=1, description="channels between the networks and the quantizer")
+    blocks: int = Field(default=1, ge=1, description="residual blocks at each resolution")
+    attention: bool = Field(default=True, description="at the lowest resolution")
+    latent: int = Field(
+        default=64, ge=1, description="channels between the networks and the quantizer"
+    )
     quantizer: QuantizerConfig = VQConfig(width=8)
 
     @property
@@ -214,14 +232,16 @@ TokenizerConfig = Annotated[
 class PerceptualConfig(Config):
     """A network of your own whose features of both images are to agree."""
 
-    backbone: str = Field("timm:convnext_small", description="a classifier by its name")
+    backbone: str = Field(default="timm:convnext_small", description="a classifier by its name")
     weights: str = Field(
-        "pretrained", description="a .safetensors, .npz or .pth file, or 'pretrained'"
+        default="pretrained", description="a .safetensors, .npz or .pth file, or 'pretrained'"
     )
-    classes: int = Field(1000, ge=2, description="outputs that its weights have")
-    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="per channel, of [0, 1]")
+    classes: int = Field(default=1000, ge=2, description="outputs that its weights have")
+    mean: tuple[float, ...] = Field(
+        default=(0.485, 0.456, 0.406), description="per channel, of [0, 1]"
+    )
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    weight: float = Field(0.1, ge=0)
+    weight: float = Field(default=0.1, ge=0)
 
 
 class LossConfig(Config):
@@ -229,10 +249,16 @@ class LossConfig(Config):
 
     pixel: Literal["l1", "l2", "smooth-l1"] = "l2"
     perceptual: PerceptualConfig | None = None
-    adversarial_weight: float = Field(0.0, ge=0, description="of a hinge loss; 0: no adversary")
-    adversarial_from: float = Field(0.2, ge=0, le=1, description="share of the epochs before it")
+    adversarial_weight: float = Field(
+        default=0.0, ge=0, description="of a hinge loss; 0: no adversary"
+    )
+    adversarial_from: float = Field(
+        default=0.2, ge=0, le=1, description="share of the epochs before it"
+    )
     decorrelation_weight: float = Field(
-        0.1, ge=0, description="against bits that say the same: of correlations above a half"
+        default=0.1,
+        ge=0,
+        description="against bits that say the same: of correlations above a half",
     )
 
 
@@ -243,7 +269,8 @@ class TokenizerTrainConfig(Config):
     loss: LossConfig = LossConfig()
     flip: bool = True
     sizes: tuple[Annotated[int, Field(ge=4)], ...] = Field(
-        (), description="further sides of the images, pixels: each batch has one, drawn evenly"
+        default=(),
+        description="further sides of the images, pixels: each batch has one, drawn evenly",
     )
 
 

@@ -46,26 +46,30 @@ class FeaturesConfig(Config):
     """What is clustered: a vector for each place of an image."""
 
     network: str = Field(
-        PIXELS,
+        default=PIXELS,
         description="an encoder by its name, whose last map is taken; or pixels, those of a patch",
     )
     weights: str | None = Field(
-        None, description="its .safetensors or .npz file; of a provider's network, its own"
+        default=None, description="its .safetensors or .npz file; of a provider's network, its own"
     )
-    patch: int = Field(4, ge=1, description="side of a patch, pixels, where features are pixels")
-    pool: int = Field(1, ge=1, description="places of a side whose features are averaged")
+    patch: int = Field(
+        default=4, ge=1, description="side of a patch, pixels, where features are pixels"
+    )
+    pool: int = Field(default=1, ge=1, description="places of a side whose features are averaged")
 
 
 class CodebookConfig(Config):
     """Configuration of the recipe ``codebook``."""
 
-    size: int = Field(10_000, ge=2, description="codes")
+    size: int = Field(default=10_000, ge=2, description="codes")
     features: FeaturesConfig = FeaturesConfig()
     image: ImageConfig = ImageConfig()
     memory_mb: int = Field(
-        1024, ge=1, description="features that are held in memory at a time, MiB"
+        default=1024, ge=1, description="features that are held in memory at a time, MiB"
     )
-    refine: int = Field(1, ge=0, description="Lloyd's iterations over all features, at the end")
+    refine: int = Field(
+        default=1, ge=0, description="Lloyd's iterations over all features, at the end"
+    )
 
 
 def defaults(data: Dataset, _: Mapping[str, Any]) -> dict[str, Any]:

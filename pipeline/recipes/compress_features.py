@@ -91,34 +91,41 @@ class CompressFeaturesConfig(Config):
     """Configuration of the recipe ``compress-features``."""
 
     preset: Preset = Field(
-        "small", description="whose settings are the defaults; every one can be set by itself"
+        default="small",
+        description="whose settings are the defaults; every one can be set by itself",
     )
     image: ImageConfig = ImageConfig()
     teacher: SqueezeConfig = SqueezeConfig()
     encoder: str | None = Field(
-        None, description="output of an earlier run, whose encoder is used: only a tail is trained"
+        default=None,
+        description="output of an earlier run, whose encoder is used: only a tail is trained",
     )
     codec: FeatureCodecConfig = FeatureCodecConfig()
-    beta: float = Field(1.0, gt=0, description="weight of a bit; larger makes fewer bytes")
+    beta: float = Field(default=1.0, gt=0, description="weight of a bit; larger makes fewer bytes")
     mimic: TrainConfig = TrainConfig()
     tail: TrainConfig = TrainConfig()
     distillation: float = Field(
-        0.5, ge=0, le=1, description="share of the tail's loss that is of the teacher's answers"
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of the tail's loss that is of the teacher's answers",
     )
     entropy: Kind | Literal["auto"] = Field(
-        "auto",
+        default="auto",
         description="model of the latents: the one with fewest bytes, tables of the learned prior, "
         "counted ones for each channel or position, or a hidden tree",
     )
     budget: int | None = Field(
-        None, ge=1, description="bytes that no image may exceed; the least unusual of it is dropped"
+        default=None,
+        ge=1,
+        description="bytes that no image may exceed; the least unusual of it is dropped",
     )
-    format: Literal["parquet", "zarr"] = Field("parquet", description="of the features")
+    format: Literal["parquet", "zarr"] = Field(default="parquet", description="of the features")
     baselines: tuple[str, ...] = Field(
-        ("jpeg:5", "jpeg:20", "jpeg:50", "webp:0", "webp:30", "avif:30", "int8"),
+        default=("jpeg:5", "jpeg:20", "jpeg:50", "webp:0", "webp:30", "avif:30", "int8"),
         description="what the report compares with: an image codec and its quality, or int8",
     )
-    measured: int = Field(2000, ge=1, description="test images of a baseline, at most")
+    measured: int = Field(default=2000, ge=1, description="test images of a baseline, at most")
 
 
 def defaults(data: Dataset, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,8 @@ class CompressConfig(Config):
     """Configuration of the recipe ``compress-model``."""
 
     preset: Preset = Field(
-        "small", description="whose settings are the defaults; every one can be set by itself"
+        default="small",
+        description="whose settings are the defaults; every one can be set by itself",
     )
     image: ImageConfig = ImageConfig()
     teacher: SqueezeConfig = SqueezeConfig()
@@ -69,7 +70,7 @@ class CompressConfig(Config):
     low_rank: TrainConfig = TrainConfig()
     codes: TrainConfig = TrainConfig()
     distillation: float = Field(
-        0.5, ge=0, le=1, description="share of the loss that is of the teacher's answers"
+        default=0.5, ge=0, le=1, description="share of the loss that is of the teacher's answers"
     )
 
 

@@ -32,17 +32,17 @@ class ConvertConfig(Config):
     """Configuration of the recipe ``convert``."""
 
     format: Literal["webdataset", "parquet", "zarr", "folder"] = Field(
-        "webdataset", description="what to write"
+        default="webdataset", description="what to write"
     )
     shard_mb: int = Field(
-        256, ge=1, description="size of a shard that small ones are joined to, MB"
+        default=256, ge=1, description="size of a shard that small ones are joined to, MB"
     )
     encode: Literal["keep", "png", "jpeg", "webp", "webp-lossless"] = Field(
-        "keep", description="how images are stored; 'keep' leaves their bytes as they are"
+        default="keep", description="how images are stored; 'keep' leaves their bytes as they are"
     )
-    quality: int = Field(90, ge=1, le=100, description="of jpeg and webp")
+    quality: int = Field(default=90, ge=1, le=100, description="of jpeg and webp")
     shorter: int | None = Field(
-        None, ge=1, description="scale larger images down to this shorter side, pixels"
+        default=None, ge=1, description="scale larger images down to this shorter side, pixels"
     )
 
     @model_validator(mode="after")

@@ -41,20 +41,24 @@ class DistillConfig(Config):
     """Configuration of the recipe ``distill``."""
 
     preset: Literal["best", "cda", "sre2l"] = Field(
-        "best", description="whose settings are the defaults; every one can be set by itself"
+        default="best",
+        description="whose settings are the defaults; every one can be set by itself",
     )
-    ipc: int = Field(10, ge=1, description="synthetic images per class")
+    ipc: int = Field(default=10, ge=1, description="synthetic images per class")
     image: ImageConfig = ImageConfig()
     teacher: SqueezeConfig = SqueezeConfig()
     committee: tuple[SqueezeConfig, ...] = Field(
-        (), description="further teachers: each iteration asks one, labels are the mean of all"
+        default=(),
+        description="further teachers: each iteration asks one, labels are the mean of all",
     )
     recover: RecoverConfig = RecoverConfig()
     relabel: RelabelConfig = RelabelConfig()
     student: StudentConfig = StudentConfig()
-    seeds: int = Field(3, ge=1, description="students trained for each row of the evaluation")
+    seeds: int = Field(
+        default=3, ge=1, description="students trained for each row of the evaluation"
+    )
     arms: tuple[Arm, ...] = Field(
-        tuple(ARMS), min_length=1, description="what students are trained on"
+        default=tuple(ARMS), min_length=1, description="what students are trained on"
     )
 
 

@@ -31,23 +31,27 @@ class PruneConfig(Config):
     """Configuration of the recipe ``prune``."""
 
     keep: int | float | str = Field(
-        0.7, description="a share, a count, or bytes such as 2GB; 'auto' is selector: auto"
+        default=0.7, description="a share, a count, or bytes such as 2GB; 'auto' is selector: auto"
     )
     score: ScoreName | None = Field(
-        None, description="how hard a sample is; el2n, and prototypes where there are no labels"
+        default=None,
+        description="how hard a sample is; el2n, and prototypes where there are no labels",
     )
     selector: SelectorName | None = Field(
-        None, description="which are kept; auto, and band for the score moderate"
+        default=None, description="which are kept; auto, and band for the score moderate"
     )
     balance: float = Field(
-        0.5, ge=0, le=1, description="share of an equal part that each class keeps at least"
+        default=0.5, ge=0, le=1, description="share of an equal part that each class keeps at least"
     )
-    dedup: tuple[Kind, ...] = Field((), description="duplicates that are left out first")
+    dedup: tuple[Kind, ...] = Field(default=(), description="duplicates that are left out first")
     near_bits: int = Field(
-        4, ge=0, le=16, description="of 64 by which the hashes of near duplicates differ at most"
+        default=4,
+        ge=0,
+        le=16,
+        description="of 64 by which the hashes of near duplicates differ at most",
     )
     epsilon: float | None = Field(
-        None,
+        default=None,
         ge=0,
         le=2,
         description="cosine distance below which features are duplicates: 0.03 for 'pretrained', "
@@ -55,14 +59,14 @@ class PruneConfig(Config):
     )
     image: ImageConfig = ImageConfig()
     proxy: SqueezeConfig = SqueezeConfig()
-    runs: int = Field(3, ge=1, description="trainings that el2n and grand are the mean of")
-    early_epochs: int = Field(10, ge=1, description="epochs of these trainings")
+    runs: int = Field(default=3, ge=1, description="trainings that el2n and grand are the mean of")
+    early_epochs: int = Field(default=10, ge=1, description="epochs of these trainings")
     prototypes: int | None = Field(
-        None, ge=1, description="clusters of features; as many as classes where not given"
+        default=None, ge=1, description="clusters of features; as many as classes where not given"
     )
-    pilot_epochs: int = Field(10, ge=1, description="epochs of the two pilot runs of auto")
+    pilot_epochs: int = Field(default=10, ge=1, description="epochs of the two pilot runs of auto")
     materialize: Literal["webdataset", "parquet", "zarr", "folder"] | None = Field(
-        None, description="also write the samples that are kept, in this format"
+        default=None, description="also write the samples that are kept, in this format"
     )
 
     @field_validator("dedup")

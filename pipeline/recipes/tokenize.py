@@ -63,27 +63,34 @@ class TokenizeConfig(Config):
     """Configuration of the recipe ``tokenize``."""
 
     tokenizer: str = Field(
-        "", description="output of train-tokenizer, or a folder with a tokenizer's two files"
+        default="",
+        description="output of train-tokenizer, or a folder with a tokenizer's two files",
     )
-    views: Views = Field("center", description="what is tokenized of an image: center or 10crop")
+    views: Views = Field(
+        default="center", description="what is tokenized of an image: center or 10crop"
+    )
     size: int | None = Field(
-        None, ge=1, description="side of a view, pixels; the tokenizer's where not given"
+        default=None, ge=1, description="side of a view, pixels; the tokenizer's where not given"
     )
-    tokens: int | None = Field(None, ge=1, description="so many tokens of every image")
+    tokens: int | None = Field(default=None, ge=1, description="so many tokens of every image")
     mean_bytes: float | None = Field(
-        None, gt=0, description="mean bytes of an image, spent where they lower the error most"
+        default=None,
+        gt=0,
+        description="mean bytes of an image, spent where they lower the error most",
     )
     min_psnr: float | None = Field(
-        None, gt=0, description="of each image, dB, with as few tokens as reach it"
+        default=None, gt=0, description="of each image, dB, with as few tokens as reach it"
     )
     errors: Literal["predicted", "measured"] | None = Field(
-        None,
+        default=None,
         description="errors that lengths are chosen by: predicted in the encoder's pass (the "
         "default for mean_bytes), or measured, which decodes each image some ten times",
     )
-    format: Literal["zarr", "parquet", "webdataset"] = Field("zarr", description="of the store")
+    format: Literal["zarr", "parquet", "webdataset"] = Field(
+        default="zarr", description="of the store"
+    )
     entropy: Literal["auto", "none"] = Field(
-        "auto",
+        default="auto",
         description="in zarr, code tokens by how often each byte occurs at its place, where that "
         "takes less than zstd; or always zstd",
     )

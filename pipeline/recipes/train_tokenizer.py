@@ -63,15 +63,17 @@ class TrainTokenizerConfig(Config):
     """Configuration of the recipe ``train-tokenizer``."""
 
     preset: Preset = Field(
-        "tiny", description="whose settings are the defaults; every one can be set by itself"
+        default="tiny",
+        description="whose settings are the defaults; every one can be set by itself",
     )
     codebook: str | None = Field(
-        None, description="output of codebook, or a file with codes (K, D), that stay frozen"
+        default=None,
+        description="output of codebook, or a file with codes (K, D), that stay frozen",
     )
     tokenizer: TokenizerConfig = LatentConfig()
     training: TokenizerTrainConfig = TokenizerTrainConfig()
     measured: int = Field(
-        2000, ge=1, description="images whose error curves are measured, of each split"
+        default=2000, ge=1, description="images whose error curves are measured, of each split"
     )
     predictor: TrainConfig = TrainConfig(epochs=60, batch_size=128, lr=2e-3, weight_decay=0.05)
 
