@@ -336,7 +336,8 @@ class Loader(DataLoader[B]):
             low, high = steps.span(self._given)
             self.skipped += high - low - len(batch[-1])
             self._given += 1
-            yield batch
+            if len(batch[-1]):
+                yield batch
         self.stream.epoch, self.stream.position, self._given = self.epoch + 1, 0, 0
 
     def state_dict(self) -> dict[str, Any]:

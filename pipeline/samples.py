@@ -159,7 +159,7 @@ class Samples:
             else:
                 found.append(group)
         if not parts:
-            return self.source.read(self.source.shards[0]).slice(0, 0)
+            return self._nothing()
         whole = pa.concat_tables(parts, promote_options="default")
         at = np.concatenate(found)
         if (np.diff(at) < 0).any():
@@ -168,6 +168,15 @@ class Samples:
             others = self._joined.take(pa.array(wanted[np.sort(at)]))
             for name in others.column_names:
                 whole = whole.append_column(name, others[name])
+        return whole
+
+    def _nothing(self) -> pa.Table:
+        """No samples, with the columns of the first shard that can be read."""
+        names = range(len(self.source.shards))
+        number = next((n for n in names if n not in self._bad), 0)
+        whole = self.source.read(self.source.shards[number]).slice(0, 0)
+        for name in self._joined.column_names if self._joined is not None else ():
+            whole = whole.append_column(name, self._joined[name].slice(0, 0))
         return whole
 
     def tables(self) -> Iterator[pa.Table]:

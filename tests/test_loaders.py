@@ -499,11 +499,19 @@ def test_a_damaged_shard_is_an_error_or_left_out_and_counted(
         keys = [key for batch in loader for key in batch.key]
         assert loader.skipped == data.counts()[1]
         assert len(set(keys)) == len(keys) == len(data) - loader.skipped
+    tars[0].write_bytes(b"")
+    data = pipeline.open(tmp_path / "out")
     skipping = data.to_torch(on_error="skip")
+    first = sum(data.counts()[:2])
+    loader = skipping.loader(8, shuffle=False)
+    assert [key for batch in loader for key in batch.key] == [
+        f"picture-{n}" for n in range(first, 300)
+    ]
+    assert loader.skipped == first
     bad = data.counts()[0]
     with pytest.raises(UsageError, match="cannot be read"):
         skipping[bad]
-    assert len(skipping.__getitems__([0, bad])) == 1
+    assert len(skipping.__getitems__([0, bad, first])) == 1
 
 
 def test_a_damaged_image_is_an_error_or_left_out_and_counted(tmp_path: Path) -> None:
