@@ -175,8 +175,9 @@ class Samples:
         names = range(len(self.source.shards))
         number = next((n for n in names if n not in self._bad), 0)
         whole = self.source.read(self.source.shards[number]).slice(0, 0)
-        for name in self._joined.column_names if self._joined is not None else ():
-            whole = whole.append_column(name, self._joined[name].slice(0, 0))
+        if self._joined is not None:
+            for name in self._joined.column_names:
+                whole = whole.append_column(name, self._joined[name].slice(0, 0))
         return whole
 
     def tables(self) -> Iterator[pa.Table]:
