@@ -9,7 +9,9 @@ demo: $(INSTALLED)  ## Install, then distil the bundled digits and write a repor
 	$(BIN)/pipeline run distill digits --ipc 10 --out runs/demo
 
 test: $(INSTALLED)  ## Install, then run the tests
-	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+	@# Files in the order of their names: those with few tests, which would be last, take longest.
+	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder
 
 test-slow: $(INSTALLED)  ## The scientific runs of several minutes
 	$(BIN)/pytest -m slow

@@ -14,14 +14,14 @@ from torch import nn
 
 import pipeline
 
-EPOCHS = 20
+EPOCHS = 15
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
 tokenizer, tokens = out / "example-tokenizer", out / "example-tokens"
 if not (tokens / "manifest.json").exists():
     side = {"width": 64, "depth": 2}
     small = {"size": 8, "patch": 2, "tokens": 8, "quantizer": {"bits": 8}}
     small |= {"encoder": side, "decoder": side}
-    training = {"train": {"epochs": 20, "batch_size": 64, "lr": 2e-3}}
+    training = {"train": {"epochs": 8, "batch_size": 64, "lr": 2e-3}}
     pipeline.run("train-tokenizer", "digits", out=tokenizer, tokenizer=small, training=training)
     pipeline.run("tokenize", "digits", out=tokens, tokenizer=str(tokenizer), mean_bytes=6.0)
 

@@ -33,7 +33,7 @@ from pipeline.storage.image_column import extension_of
 from pipeline.storage.images import ALLOWED, MAX_PIXELS, SECONDS, TimeLimit
 from pipeline.storage.npz import NpzParts
 from pipeline.storage.parquet import ParquetSource
-from pipeline.storage.source import Source
+from pipeline.storage.source import UNREADABLE, Source
 from pipeline.storage.store import open_store
 from pipeline.storage.urls import UrlSource
 from pipeline.storage.webdataset import WebDatasetSource
@@ -53,8 +53,6 @@ SPLITS = ("train", "test", "images")
 FACTS = ("kind", "dataset", "seed", "config", "layers")
 NAMES = 10  # class names that are shown
 FAILURES = 3  # shards that may be unreadable before the search for a few samples ends
-UNREADABLE = (PipelineError, OSError, ValueError, pa.ArrowException)
-"""What a shard that is damaged makes its source raise."""
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,14 @@ class BatchStream(IterableDataset[B], Generic[B]):
             batches: that this rank has been given since the iteration began. A ``DataLoader`` with
                 workers is ahead of the training and does not say; :class:`Loader` counts.
         """
-        return {**self._own(), "epoch": self.epoch, "position": self.steps.reached(batches)}
+        epoch, position = self._settled(self.epoch, self.steps.reached(batches))
+        return {**self._own(), "epoch": epoch, "position": position}
+
+    def _settled(self, epoch: int, position: int) -> tuple[int, int]:
+        """Where the next batch is: where none is left, at the beginning of the next epoch."""
+        left = len(self.order) - position
+        over = left < (self.batch_size * self.world if self.drop_last else 1)
+        return (epoch + 1, 0) if over else (epoch, position)
 
     def _own(self) -> dict[str, Any]:
         order = {name: value for name, value in asdict(self.order).items() if name != "counts"}
@@ -261,10 +268,7 @@ class BatchStream(IterableDataset[B], Generic[B]):
                 "and workers may differ.",
                 code="other-loader",
             )
-        self.epoch, self.position = state["epoch"], state["position"]
-        left = len(self.order) - self.position
-        if left < (self.batch_size * self.world if self.drop_last else 1):
-            self.epoch, self.position = self.epoch + 1, 0
+        self.epoch, self.position = self._settled(state["epoch"], state["position"])
 
 
 def _ahead(make: partial[B], numbers: Iterator[int], threads: int) -> Iterator[B]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -15,21 +15,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.digest import digest
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import UsageError
 from pipeline.labelled_images import ImageConfig
 from pipeline.stages.decode import pixels_of
 from pipeline.storage.artifact import Artifact
 from pipeline.storage.images import MAX_PIXELS
 from pipeline.storage.shard_reader import Places, Rows, ShardReader, keys_in
-from pipeline.storage.source import Source
+from pipeline.storage.source import UNREADABLE, Source
 from pipeline.tensors import is_tensor
 
 if TYPE_CHECKING:
     from pipeline.image_tensors import ImageTensors, Transform
 
 log = logging.getLogger(__name__)
-UNREADABLE = (PipelineError, OSError, ValueError, pa.ArrowException)
-"""What a damaged shard makes its source raise."""
 OnError = Literal["raise", "skip"]
 
 
@@ -75,7 +73,7 @@ class Samples:
         of = f" of {len(self.classes)} classes" if self.classes else ""
         return f"<{type(self).__name__}: {len(self):,} samples{of}, {self.kind}, {self.place}>"
 
-    @property
+    @cached_property
     def keys(self) -> list[str]:
         """The samples' keys, in order. Reads all shards where it was not known before."""
         names: list[str] = self._named().keys.to_pylist()  # type: ignore[union-attr]
@@ -106,11 +104,7 @@ class Samples:
     @property
     def identity(self) -> str:
         """Digest of what the shards hold and of which samples are meant."""
-        rows = None if self._chosen is None else hashlib.sha256(self._chosen.tobytes()).hexdigest()
-        keys = None
-        if rows is None and self._places.rows is None:
-            keys = hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
-        return digest(self.kind, self.source.identity, rows, keys)
+        return digest(self.kind, self.source.identity, self._places.digest)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample by column; ``image`` as uint8 H x W x C.
@@ -154,8 +148,7 @@ class Samples:
             except UNREADABLE as error:
                 if on_error == "raise":
                     raise
-                self._bad.add(number)
-                log.warning("shard %d is left out: %s", number, error)
+                self._leave_out(number, error)
             else:
                 found.append(group)
         if not parts:
@@ -172,13 +165,25 @@ class Samples:
 
     def _nothing(self) -> pa.Table:
         """No samples, with the columns of the first shard that can be read."""
-        names = range(len(self.source.shards))
-        number = next((n for n in names if n not in self._bad), 0)
-        whole = self.source.read(self.source.shards[number]).slice(0, 0)
+        whole = self._first_readable().slice(0, 0)
         if self._joined is not None:
             for name in self._joined.column_names:
                 whole = whole.append_column(name, self._joined[name].slice(0, 0))
         return whole
+
+    def _first_readable(self) -> pa.Table:
+        shards = self.source.shards
+        for number in range(len(shards) - 1):
+            if number not in self._bad:
+                try:
+                    return self.source.read(shards[number])
+                except UNREADABLE as error:
+                    self._leave_out(number, error)
+        return self.source.read(shards[len(shards) - 1])
+
+    def _leave_out(self, number: int, error: Exception) -> None:
+        self._bad.add(number)
+        log.warning("shard %d is left out: %s", number, error)
 
     def tables(self) -> Iterator[pa.Table]:
         """The samples of every shard that has some, in order."""
@@ -214,6 +219,7 @@ class Samples:
 
     def _changed(self, **attributes: Any) -> Self:
         part = copy.copy(self)
+        vars(part).pop("keys", None)
         vars(part).update(attributes)
         return part
 
@@ -286,7 +292,8 @@ class Samples:
 
     def to_arrow(self) -> pa.Table:
         """All samples as one table, in memory."""
-        return pa.concat_tables([self.table([]), *self.tables()], promote_options="default")
+        tables = list(self.tables())
+        return pa.concat_tables(tables or [self.table([])], promote_options="default")
 
     def to_webdataset(self) -> Any:
         """A pipeline of the library ``webdataset``: ``.shuffle(1000).decode("rgb8")`` and so on.

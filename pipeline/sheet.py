@@ -12,12 +12,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.errors import UsageError
-from pipeline.inspect import ROW, UNREADABLE, image_facts, numbered
+from pipeline.inspect import ROW, image_facts, numbered
 from pipeline.orchestration.screen import screen
 from pipeline.report import contact_sheet
 from pipeline.stage import ShardContext
 from pipeline.stages.decode import Decode
-from pipeline.storage.source import Source
+from pipeline.storage.source import UNREADABLE, Source
 from pipeline.storage.store import LocalStore
 from pipeline.tensors import to_numpy
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -64,6 +66,16 @@ class Places:
         """Where each shard that has samples begins, and the end."""
         return np.flatnonzero(np.diff(self.shards, prepend=-1, append=-2))
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of which samples are meant."""
+        found = hashlib.sha256(self.shards.tobytes())
+        if self.rows is not None:
+            found.update(self.rows.tobytes())
+        else:
+            found.update("\n".join(self.keys.to_pylist()).encode())  # type: ignore[union-attr]
+        return found.hexdigest()
+
     def take(self, rows: Rows) -> Places:
         """Some of them, in ascending order."""
         rows_in = None if self.rows is None else self.rows[rows]
@@ -93,7 +105,7 @@ class _Held:
 class ShardReader:
     """Reads samples by their places and keeps the shards that were used last.
 
-    It may be used by several threads, of which one reads a shard; other processes get an empty one.
+    It may be used by several threads, of which one reads a shard, and in forked processes.
 
     Args:
         source: what is read.
@@ -102,8 +114,12 @@ class ShardReader:
 
     def __init__(self, source: Source, max_bytes: int = 2**28) -> None:
         self.source, self.max_bytes = source, max_bytes
-        self._lock = threading.Lock()
-        self._held: OrderedDict[int, Future[_Held]] = OrderedDict()
+        self._held: OrderedDict[int, _Held] = OrderedDict()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process, self._lock = os.getpid(), threading.Lock()
+        self._reading: dict[int, Future[_Held]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source, "max_bytes": self.max_bytes}
@@ -131,36 +147,37 @@ class ShardReader:
         return held.table.take(pa.array(found, pa.int64()))
 
     def _shard(self, number: int) -> _Held:
+        if self._process != os.getpid():
+            self._begin()  # what a thread of the parent was reading, nobody reads here
         with self._lock:
-            found = self._held.get(number)
-            if found is not None:
+            if number in self._held:
                 self._held.move_to_end(number)
-            else:
-                mine = self._held[number] = Future[_Held]()
-        if found is not None:
-            return found.result()
+                return self._held[number]
+            other = self._reading.get(number)
+            if other is None:
+                mine = self._reading[number] = Future[_Held]()
+        if other is not None:
+            return other.result()
         try:
             table = self.source.read(self.source.shards[number])
             held = _Held(table.combine_chunks() if len(table) else table)
         except BaseException as error:
             with self._lock:
-                self._held.pop(number, None)
+                del self._reading[number]
             mine.set_exception(error)
             raise
+        with self._lock:
+            del self._reading[number]
+            self._make_room()
+            self._held[number] = held
         mine.set_result(held)
-        self._make_room(number)
         return held
 
-    def _make_room(self, newest: int) -> None:
-        with self._lock:
-            done = {n: f.result().table.nbytes for n, f in self._held.items() if f.done()}
-            total = sum(done.values()) - done.get(newest, 0)
-            for number, size in done.items():
-                if total <= self.max_bytes:
-                    break
-                if number != newest:
-                    del self._held[number]
-                    total -= size
+    def _make_room(self) -> None:
+        total = sum(held.table.nbytes for held in self._held.values())
+        while total > self.max_bytes:
+            _, oldest = self._held.popitem(last=False)
+            total -= oldest.table.nbytes
 
 
 def keys_in(places: Places, wanted: pa.Array) -> Rows:

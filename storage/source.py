@@ -14,10 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.digest import digest
+from pipeline.errors import PipelineError
 from pipeline.storage.store import FileInfo
 
 ROW = pa.schema({"key": pa.string(), "image": pa.binary(), "label": pa.int64()})
 """Columns of encoded images with labels."""
+UNREADABLE = (PipelineError, OSError, ValueError, pa.ArrowException)
+"""What a damaged shard makes its source raise."""
 
 
 @dataclass(frozen=True)

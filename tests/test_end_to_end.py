@@ -155,7 +155,7 @@ def test_a_step_is_opened_as_what_it_is(local, tmp_path):
         pipeline.open(next(local[0].glob("teacher-*")))
     with pytest.raises(pipeline.UsageError) as caught:
         pipeline.open(tmp_path)
-    assert caught.value.code == "no-images"
+    assert caught.value.code == "unknown-form"
 
 
 def test_cifar10_teacher_scores_its_published_accuracy(real_data, tmp_path):

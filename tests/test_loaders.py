@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from itertools import chain
@@ -86,12 +87,11 @@ def test_an_epoch_has_every_key_once_in_every_topology(
 ) -> None:
     data = opened[kind]
     assert len(set(data.keys)) == len(data) > 0
+    size = max(7, len(data) // 20)
     for workers in (0, 1, 2, 4):
         for world in (1, 2, 3):
-            if workers == 4 and world == 2:
-                continue  # processes take a while to start, and 4 x 3 says more
             loaders = [
-                data.loader(7, num_workers=workers, threads=0, rank=rank, world=world)
+                data.loader(size, num_workers=workers, threads=0, rank=rank, world=world)
                 for rank in range(world)
             ]
             batches = [list(loader) for loader in loaders]
@@ -207,7 +207,7 @@ def test_what_is_left_is_what_was_not_seen(
     assert position == samples
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     first=st.tuples(st.integers(1, 3), st.integers(3, 40), st.sampled_from([0, 2])),
@@ -373,12 +373,8 @@ def test_scores_are_joined_by_key(outputs: dict[str, Path], tmp_path: Path) -> N
     assert table["hard"].to_pylist() == [wanted.get(key) for key in keys]
     part = joined.subset(keys[3:9])
     assert part[2]["hard"] == wanted.get(part[2]["key"])
-    fast = {"train": {"epochs": 1}}
-    pruned = pipeline.run("prune", "digits", out=tmp_path, keep=0.5, score="el2n", proxy=fast)
-    assert pruned["counts"]["kept"] == 898
-    with_scores = pipeline.open("digits").join(tmp_path)
-    assert "el2n" in with_scores.schema.names
-    assert with_scores.to_arrow()["el2n"].null_count == 0
+    pq.write_table(scores, tmp_path / "scores.parquet")
+    assert data.join(tmp_path / "scores.parquet").to_arrow().equals(table)
     for bad in (scores.rename_columns(["name", "hard"]), pa.table({"key": ["x"], "a": [1]})):
         with pytest.raises(UsageError) as caught:
             data.join(bad)
@@ -457,6 +453,7 @@ def test_samples_go_to_webdataset(outputs: dict[str, Path]) -> None:
     assert sample["features"] == features[0]["features"]
 
 
+@pytest.mark.slow
 def test_samples_go_to_ray(outputs: dict[str, Path]) -> None:
     pytest.importorskip("ray.data")
     import ray
@@ -584,6 +581,30 @@ def test_a_cache_keeps_to_its_size(s3: ObjectStore, tmp_path: Path) -> None:
         assert (folder / "4").read_bytes() == b"\x04" * 1000
     with pytest.raises(FileNotFoundError):
         store.open("nothing")
+
+
+def test_a_fork_does_not_wait_for_what_its_parent_reads(outputs: dict[str, Path]) -> None:
+    data = pipeline.open(outputs["images"])
+    reader, source = data._reader, data.source
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(type(source)):  # type: ignore[misc]
+        def read(self, shard: Any) -> pa.Table:
+            if threading.current_thread() is not threading.main_thread():
+                begun.set()
+                go_on.wait(60)
+            return super().read(shard)
+
+    reader.source = Slow(source.artifact)
+    thread = threading.Thread(target=data.table, args=([0],))
+    thread.start()
+    begun.wait(60)
+    child = multiprocessing.get_context("fork").Process(target=data.table, args=([0],))
+    child.start()
+    child.join(30)
+    go_on.set()
+    thread.join()
+    assert child.exitcode == 0
 
 
 # Stopping.

@@ -255,6 +255,14 @@ def test_a_pruned_set_opens_in_one_line(pruned: Any) -> None:
         assert [labels[name] for name in names] == found.tolist()
 
 
+def test_scores_are_joined_to_their_samples(pruned: Any) -> None:
+    out, _ = pruned
+    scores = product(out, "scores")
+    table = pipeline.open("digits").join(out).to_arrow()
+    wanted = dict(zip(scores["key"].to_pylist(), scores["el2n"].to_pylist(), strict=True))
+    assert table["el2n"].to_pylist() == [wanted[key] for key in table["key"].to_pylist()]
+
+
 def test_a_pruned_set_is_read_from_any_copy(pruned: Any, tmp_path: Path) -> None:
     out, _ = pruned
     pipeline.run("convert", "digits", out=tmp_path / "copy", format="webdataset")
