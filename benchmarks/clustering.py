@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from targets import last_line, target
+from harness import make_parser, run_parts, target
 
 from pipeline.clustering.batched_kmeans import BatchedKMeans
 from pipeline.clustering.kmeans import KMeans
@@ -392,14 +391,9 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=os.environ.get("PIPELINE_DATA"))
+    quick = "without what takes minutes, such as their k-means++"
+    parser = make_parser(__doc__, quick, PARTS)
     parser.add_argument("--isotropic", action="store_true", help="rows of normal noise")
-    parser.add_argument(
-        "--quick", action="store_true", help="without what takes minutes, such as their k-means++"
-    )
-    parser.add_argument("--json", action="store_true", help="end with a line of JSON")
-    parser.add_argument("--only", choices=PARTS, action="append", help="a part; all unless given")
     parser.add_argument("--scratch", help="folder for 6 GB of features")
     parser.add_argument("--stream-from", help=argparse.SUPPRESS)
     parser.add_argument("--stream-clusters", type=int, help=argparse.SUPPRESS)
@@ -407,13 +401,9 @@ def main() -> None:
     if options.stream_from:
         fit_stream(options.stream_from, options.stream_clusters)
         return
-    options.data = Path(options.data) if options.data else None
     warnings.filterwarnings("ignore")
     KMeans(20, max_iter=2).fit(spectrum(9000, 32))  # compiled, or found compiled
-    for name in options.only or PARTS:
-        PARTS[name](options)
-    if options.json:
-        last_line()
+    run_parts(PARTS, options)
 
 
 if __name__ == "__main__":

@@ -20,20 +20,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from targets import last_line, target
+from harness import make_parser, need_data, run_parts, target
 from torch import Tensor
 
 import pipeline
@@ -180,15 +177,10 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {"search": search, "tra
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=os.environ.get("PIPELINE_DATA"))
-    parser.add_argument("--quick", action="store_true", help="digits, 300 codes, few epochs")
-    parser.add_argument("--json", action="store_true", help="end with a line of JSON")
-    parser.add_argument("--only", choices=PARTS, action="append", help="a part; all unless given")
+    parser = make_parser(__doc__, "digits, 300 codes, few epochs", PARTS, runs=True)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--codes", type=int, default=SIZE)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--out", type=Path, help="folder of runs; finished ones are found")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -196,15 +188,8 @@ def main() -> None:
         return
     options.dataset = "digits" if options.quick else "cifar10"
     options.codes = 300 if options.quick else options.codes
-    if options.data is None and not options.quick:
-        parser.error("there is no real data: give --data, or set PIPELINE_DATA")
-    options.data = Path(options.data).absolute() if options.data else None
-    with tempfile.TemporaryDirectory() as folder:
-        options.out = options.out or Path(folder)
-        for name in options.only or PARTS:
-            PARTS[name](options)
-    if options.json:
-        last_line()
+    need_data(parser, options)
+    run_parts(PARTS, options)
 
 
 if __name__ == "__main__":

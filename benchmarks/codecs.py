@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import shutil
 import statistics
 import subprocess
@@ -37,8 +36,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from harness import make_parser, need_data, run_parts, target
 from PIL import Image
-from targets import last_line, target
 
 import pipeline
 from pipeline.codecs import rans
@@ -425,29 +424,17 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=os.environ.get("PIPELINE_DATA"))
-    parser.add_argument("--quick", action="store_true", help="digits, and fewer of everything")
-    parser.add_argument("--json", action="store_true", help="end with a line of JSON")
-    parser.add_argument("--only", choices=PARTS, action="append", help="a part; all unless given")
+    parser = make_parser(__doc__, "digits, and fewer of everything", PARTS, runs=True)
     parser.add_argument("--betas", nargs="*", type=float, default=BETAS, help="weights of a bit")
     parser.add_argument("--channels", nargs="*", type=int, default=(1, 2, 4), help="of CR+BQ")
     parser.add_argument("--inputs", nargs="*", default=INPUTS, help="image codecs and qualities")
     parser.add_argument("--states", type=int, default=16, help="of a hidden tree")
     parser.add_argument("--tree-epochs", type=int, default=12, help="of a hidden tree")
-    parser.add_argument("--out", type=Path, help="folder of runs; finished ones are found")
     options = parser.parse_args()
-    if options.data is None and not options.quick:
-        parser.error("there is no real data: give --data, or set PIPELINE_DATA")
-    options.data = Path(options.data).absolute() if options.data else None
+    need_data(parser, options)
     if options.quick:
         options.betas, options.inputs, options.channels = BETAS[1:3], INPUTS[:2], (2,)
-    with tempfile.TemporaryDirectory() as folder:
-        options.out = options.out or Path(folder)
-        for name in options.only or PARTS:
-            PARTS[name](options)
-    if options.json:
-        last_line()
+    run_parts(PARTS, options)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,12 @@ With ``--out DIR``, runs that are finished are found there and not made again.
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from targets import last_line, target
+from harness import make_parser, need_data, run_parts, target
 
 import pipeline
 from pipeline import backbones
@@ -134,26 +131,14 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=os.environ.get("PIPELINE_DATA"))
-    parser.add_argument("--quick", action="store_true", help="digits, and a few layers")
-    parser.add_argument("--json", action="store_true", help="end with a line of JSON")
-    parser.add_argument("--only", choices=PARTS, action="append", help="a part; all unless given")
+    parser = make_parser(__doc__, "digits, and a few layers", PARTS, runs=True)
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56"])
     parser.add_argument("--epochs", type=int, default=3, help="of the training of codes")
-    parser.add_argument("--out", type=Path, help="folder of runs; finished ones are found")
     options = parser.parse_args()
-    if options.data is None and not options.quick:
-        parser.error("there is no real data: give --data, or set PIPELINE_DATA")
-    options.data = Path(options.data).absolute() if options.data else None
+    need_data(parser, options)
     if options.quick:
         options.networks = ["convnet3"]
-    with tempfile.TemporaryDirectory() as folder:
-        options.out = options.out or Path(folder)
-        for name in options.only or PARTS:
-            PARTS[name](options)
-    if options.json:
-        last_line()
+    run_parts(PARTS, options)
 
 
 if __name__ == "__main__":

@@ -21,18 +21,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from targets import last_line, target
+from harness import make_parser, run_parts, target
 from torch import Tensor, nn
 
 import pipeline
@@ -298,27 +295,16 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=os.environ.get("PIPELINE_DATA"))
-    parser.add_argument("--quick", action="store_true", help="digits, few iterations and epochs")
-    parser.add_argument("--json", action="store_true", help="end with a line of JSON")
-    parser.add_argument("--only", choices=PARTS, action="append", help="a part; all unless given")
+    parser = make_parser(__doc__, "digits, few iterations and epochs", PARTS, runs=True)
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=DATASETS)
     parser.add_argument("--ipcs", nargs="+", type=int, default=list(IPCS), choices=IPCS)
-    parser.add_argument("--out", type=Path, help="folder of runs; finished ones are found")
     parser.add_argument("--workers", type=int, default=2, help="Ray workers; 1 for this process")
     options = parser.parse_args()
-    options.data = Path(options.data).absolute() if options.data else None
     if options.quick or options.data is None:
         options.datasets = ["digits"]
     if options.quick:
         options.ipcs = [1, 10]
-    with tempfile.TemporaryDirectory() as folder:
-        options.out = options.out or Path(folder)
-        for name in options.only or PARTS:
-            PARTS[name](options)
-    if options.json:
-        last_line()
+    run_parts(PARTS, options)
 
 
 if __name__ == "__main__":

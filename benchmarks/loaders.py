@@ -263,7 +263,7 @@ def in_process(python: str, *words: str) -> str:
 
 
 def compare(root: Path, options: argparse.Namespace) -> None:
-    from targets import target
+    from harness import target
 
     prepare(root, options)
     print(in_process(options.peers, "prepare", "peers", str(root)), end="")
@@ -294,21 +294,16 @@ def compare(root: Path, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=os.environ.get("PIPELINE_DATA"))
-    parser.add_argument("--quick", action="store_true", help="made pictures, once")
-    parser.add_argument("--json", action="store_true", help="end with a line of JSON")
+    from harness import last_line, make_parser, need_data
+
+    parser = make_parser(__doc__, "made pictures, once")
     parser.add_argument("--peers", default=sys.executable, help="the Python that has the peers")
     parser.add_argument("--turns", type=int, default=5, help="how often each is measured")
     options = parser.parse_args()
-    if options.data is None and not options.quick:
-        parser.error("there is no real data: give --data, or set PIPELINE_DATA")
-    options.data = Path(options.data).absolute() if options.data else None
+    need_data(parser, options)
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder) / "photographs", options)
     if options.json:
-        from targets import last_line
-
         last_line()
 
 

@@ -12,9 +12,9 @@ them. ``static``: features of 10^6 samples to a selection, through the steps of 
 
 Peers, from PyPI: scikit-learn.
 
-    python benchmarks/pruning.py --data shared/data [--quick] [--json] [--only train] [--out FILE]
+    python benchmarks/pruning.py --data shared/data [--quick] [--json] [--only train] [--results FILE]
 
-With ``--out``, results of arms that are done are appended to a file and not made again.
+With ``--results``, results of arms that are done are appended to a file and not made again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from targets import last_line, target, targets
+from harness import make_parser, run_parts, target, targets
 
 from pipeline.backbones import ConvNet
 from pipeline.labelled_images import shifted
@@ -259,8 +259,8 @@ def trainings(options: argparse.Namespace) -> None:
         print("train: --data is not given, left out")
         return
     results: dict[tuple[Any, ...], dict[str, Any]] = {}
-    if options.out and options.out.exists():
-        for line in options.out.read_text().splitlines():
+    if options.results and options.results.exists():
+        for line in options.results.read_text().splitlines():
             results[identity(json.loads(line))] = json.loads(line)
     wanted = list(jobs(options))
     todo = [job for job in wanted if identity(asdict(job)) not in results]
@@ -268,8 +268,8 @@ def trainings(options: argparse.Namespace) -> None:
     with ProcessPoolExecutor(workers) as pool:
         for result in pool.map(train, todo):
             results[identity(result)] = result
-            if options.out:
-                with options.out.open("a") as file:
+            if options.results:
+                with options.results.open("a") as file:
                     file.write(json.dumps(result) + "\n")
     found = [results[identity(asdict(job))] for job in wanted]
     for dataset, noise in dict.fromkeys((r["dataset"], r["noise"]) for r in found):
@@ -477,12 +477,8 @@ ALONE: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=os.environ.get("PIPELINE_DATA"))
-    parser.add_argument("--quick", action="store_true", help="two seeds of 500 samples, and so on")
-    parser.add_argument("--json", action="store_true", help="end with a line of JSON")
-    parser.add_argument("--only", choices=PARTS, action="append", help="a part; all unless given")
-    parser.add_argument("--out", type=Path, help="results of trainings, a line of JSON each")
+    parser = make_parser(__doc__, "two seeds of 500 samples, and so on", PARTS)
+    parser.add_argument("--results", type=Path, help="of trainings, a line of JSON each")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time on a CPU")
     parser.add_argument("--scratch", help="folder for 4 GB of features")
     parser.add_argument("--alone", nargs="+", help=argparse.SUPPRESS)
@@ -491,11 +487,7 @@ def main() -> None:
         name, *arguments = options.alone
         print(json.dumps(ALONE[name](*arguments)))
         return
-    options.data = Path(options.data) if options.data else None
-    for name in options.only or PARTS:
-        PARTS[name](options)
-    if options.json:
-        last_line()
+    run_parts(PARTS, options)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -34,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from targets import last_line, target
+from harness import make_parser, run_parts, target
 from torch import Tensor, nn
 
 import pipeline
@@ -430,27 +429,16 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=os.environ.get("PIPELINE_DATA"))
-    parser.add_argument("--quick", action="store_true", help="digits, and few epochs")
-    parser.add_argument("--json", action="store_true", help="end with a line of JSON")
-    parser.add_argument("--only", choices=PARTS, action="append", help="a part; all unless given")
+    parser = make_parser(__doc__, "digits, and few epochs", PARTS, runs=True)
     parser.add_argument(
         "--datasets", nargs="+", default=["cifar10", "imagenette"], choices=DATASETS
     )
-    parser.add_argument("--out", type=Path, help="folder of runs; finished ones are found")
     options = parser.parse_args()
     if options.data is None:
         parser.error("there is no real data: give --data, or set PIPELINE_DATA")
-    options.data = Path(options.data).absolute()
     if options.quick:
         options.datasets = ["digits"]
-    with tempfile.TemporaryDirectory() as folder:
-        options.out = options.out or Path(folder)
-        for name in options.only or PARTS:
-            PARTS[name](options)
-    if options.json:
-        last_line()
+    run_parts(PARTS, options)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -42,6 +42,12 @@ class TorchSamples(Dataset[B], Generic[B]):
     """
 
     def __init__(self, samples: Samples, on_error: OnError = "raise") -> None:
+        if on_error not in get_args(OnError):
+            raise UsageError(
+                f"There is no on_error={on_error!r}.",
+                hint="Give 'raise' or 'skip'.",
+                code="bad-loader",
+            )
         self.samples, self.on_error, self.epoch = samples, on_error, 0
 
     @abstractmethod

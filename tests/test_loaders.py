@@ -285,6 +285,8 @@ def test_what_makes_no_loader_is_refused(
     with pytest.raises(UsageError) as caught:
         opened["images"].loader(**{"batch_size": 8, **options})
     assert caught.value.code == "bad-loader"
+    with pytest.raises(UsageError, match="'raise' or 'skip'"):
+        opened["images"].samples.to_torch(on_error="ignore")
 
 
 # What an opened output is.
