@@ -322,6 +322,14 @@ class Loader(DataLoader[B]):
     """
 
     def __init__(self, stream: BatchStream[B], *, num_workers: int = 0, **options: Any) -> None:
+        if options.get("persistent_workers") or not options.get("in_order", True):
+            raise UsageError(
+                "A loader whose workers stay, or give batches out of order, does not know where it "
+                "is.",
+                hint="Leave persistent_workers and in_order as they are; threads, which are the "
+                "default, need no start at all.",
+                code="bad-loader",
+            )
         super().__init__(_Told(stream), batch_size=None, num_workers=num_workers, **options)
         self.stream, self.skipped, self._given = stream, 0, 0
 

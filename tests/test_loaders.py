@@ -277,7 +277,15 @@ def test_a_state_of_other_data_is_refused(opened: dict[str, TorchSamples[Any]]) 
 
 
 @pytest.mark.parametrize(
-    "options", [{"rank": 2, "world": 2}, {"batch_size": 0}, {"window": 0}, {"threads": -1}]
+    "options",
+    [
+        {"rank": 2, "world": 2},
+        {"batch_size": 0},
+        {"window": 0},
+        {"threads": -1},
+        {"num_workers": 2, "persistent_workers": True},
+        {"num_workers": 2, "in_order": False},
+    ],
 )
 def test_what_makes_no_loader_is_refused(
     opened: dict[str, TorchSamples[Any]], options: dict[str, Any]
