@@ -12,7 +12,7 @@ them. ``static``: features of 10^6 samples to a selection, through the steps of 
 
 Peers, from PyPI: scikit-learn.
 
-    python benchmarks/pruning.py --data shared/data [--quick] [--json] [--only train] [--results FILE]
+    python benchmarks/pruning.py --data shared/data [--quick] [--json] [--only train]
 
 With ``--results``, results of arms that are done are appended to a file and not made again.
 """

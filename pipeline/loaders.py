@@ -92,7 +92,7 @@ class TorchSamples(Dataset[B], Generic[B]):
         *,
         seed: int = 0,
         shuffle: bool = True,
-        window: int = 16,
+        window: int | None = None,
         rank: int | None = None,
         world: int | None = None,
         drop_last: bool = False,
@@ -104,13 +104,14 @@ class TorchSamples(Dataset[B], Generic[B]):
             batch_size: samples of a batch of one rank.
             seed: of the order.
             shuffle: whether every epoch has an order of its own.
-            window: shards whose samples are mixed with one another.
+            window: shards whose samples are mixed with one another, and held in memory; as many as
+                come to 512 MB, at most 16, where not given.
             rank: of this process; that of ``torch.distributed`` where not given.
             world: how many ranks there are; likewise.
             drop_last: leave out the last batches where not all of them are full.
             threads: that prepare batches ahead, where there are no worker processes.
         """
-        order = EpochOrder(self.samples.counts(), seed, window, shuffle)
+        order = EpochOrder(self.samples.counts(), seed, self.samples.hold(window), shuffle)
         own, all_ranks = _ranks(rank, world)
         return BatchStream(self, order, batch_size, own, all_ranks, drop_last, threads)
 
@@ -122,7 +123,7 @@ class TorchSamples(Dataset[B], Generic[B]):
         threads: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
-        window: int = 16,
+        window: int | None = None,
         rank: int | None = None,
         world: int | None = None,
         drop_last: bool = False,
@@ -138,7 +139,8 @@ class TorchSamples(Dataset[B], Generic[B]):
                 core where not given.
             seed: of the order.
             shuffle: whether every epoch has an order of its own.
-            window: shards whose samples are mixed with one another.
+            window: shards whose samples are mixed with one another, and held in memory; as many as
+                come to 512 MB, at most 16, where not given.
             rank: of this process; that of ``torch.distributed`` where not given.
             world: how many ranks there are; likewise.
             drop_last: leave out the last batches where not all of them are full.

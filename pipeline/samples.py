@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 OnError = Literal["raise", "skip"]
+WINDOW, WINDOW_BYTES = 16, 2**29
+"""Shards whose samples are mixed with one another, at most, and their size in memory."""
 
 
 class Samples:
@@ -265,6 +267,18 @@ class Samples:
     def counts(self) -> tuple[int, ...]:
         """Samples of each shard that has some."""
         return tuple(np.diff(self._places.edges).tolist())
+
+    def hold(self, window: int | None) -> int:
+        """How many shards are mixed with one another where none or so many were asked for.
+
+        As many are kept in memory from now on, twice over: one set begins before another ends.
+        """
+        some = self._places.shards[self._places.edges[:-1]][:1000].tolist()
+        each = sum(self.source.shards[number].bytes or 0 for number in some) // max(1, len(some))
+        fit = WINDOW_BYTES // max(1, each)
+        chosen = min(WINDOW, max(1, fit)) if window is None else window
+        self._reader.max_bytes = max(self._reader.max_bytes, 2 * chosen * each)
+        return chosen
 
     def to_torch(
         self,

@@ -32,6 +32,7 @@ from pipeline.epoch_order import EpochOrder, Steps
 from pipeline.errors import RunError, UsageError
 from pipeline.labelled_images import ImageConfig
 from pipeline.loaders import TorchSamples
+from pipeline.storage.artifact import ArtifactSource
 from pipeline.storage.cached_store import CachedStore
 from pipeline.storage.images import encode_png
 from pipeline.storage.object_store import ObjectStore
@@ -170,6 +171,30 @@ def test_an_order_is_a_permutation_that_holds_few_shards(
     # At each place, shards that have begun and are not over are those of one window.
     held = [sum(s[0] <= at <= s[-1] for s in seen) for at in range(len(rows))]
     assert max(held) <= window
+
+
+@pytest.mark.parametrize("window", [1, 3, None])
+def test_an_epoch_reads_each_shard_once(
+    outputs: dict[str, Path], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    plain = ArtifactSource.read
+
+    def counting(source: ArtifactSource, shard: Any) -> pa.Table:
+        reads.append(shard.name)
+        return plain(source, shard)
+
+    monkeypatch.setattr(ArtifactSource, "read", counting)
+    data = pipeline.open(outputs["images"])
+    data._reader.max_bytes = 0
+    if window is None:
+        monkeypatch.setattr("pipeline.samples.WINDOW_BYTES", 2_500_000)
+        assert data.hold(None) == 2
+    loader = data.to_torch().loader(10, window=window, threads=0)
+    for _ in range(3):
+        reads.clear()
+        assert sum(len(batch.key) for batch in loader) == 300
+        assert len(reads) == len(set(reads)) <= 4
 
 
 def test_every_order_of_few_samples_comes_up() -> None:
