@@ -56,9 +56,8 @@ class _Source(IterableDataset[dict[str, Any]]):
 
         rank, world, worker, workers = pytorch_worker_info()
         part, parts = rank * workers + worker, world * workers
-        for number, table in enumerate(self.samples.tables()):
-            if number % parts == part:
-                yield from _dictionaries(table)
+        for number in range(part, len(self.samples.counts()), parts):
+            yield from _dictionaries(self.samples.shard_table(number))
 
 
 def _dictionaries(table: pa.Table) -> Iterator[dict[str, Any]]:

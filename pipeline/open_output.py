@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.api import recorded
-from pipeline.datasets import NAMED, find_dataset
+from pipeline.datasets import NAMED, DatasetInfo, find_dataset
 from pipeline.distilled_samples import DistilledSamples
 from pipeline.errors import PipelineError, UsageError
 from pipeline.feature_samples import FeatureSamples
@@ -74,13 +74,14 @@ def open(  # noqa: A001
             pruned is not found.
         RunError: a file is missing or damaged.
     """
-    place, store = str(path), _store(path, cache, cache_bytes)
+    place, kept = str(path), _Cache(cache, cache_bytes)
+    store = open_store(path) if "://" in place or Path(path).is_dir() else None
     if store is None or store.info(MANIFEST) is None:
-        return _data_set(place, split, data, cache, cache_bytes)
-    artifact = Artifact.open(store)
+        return _data_set(place, split, data, kept)
+    artifact = Artifact.open(kept.store(store))
     kind = artifact.manifest["kind"]
     if kind == "pruned":
-        return _pruned(artifact, place, source, data, cache, cache_bytes)
+        return _pruned(artifact, place, source, data, kept)
     if kind in _KINDS:
         return _KINDS[kind](artifact, place, split)
     raise UsageError(
@@ -101,7 +102,7 @@ def _of_split(artifact: Artifact, place: str, split: str) -> Artifact:
 
 def _converted(artifact: Artifact, place: str, split: str) -> Samples:
     found = ArtifactSource(_of_split(artifact, place, split))
-    image = _image_of(artifact.manifest.get("dataset"))
+    image = _image(NAMED.get(artifact.manifest.get("dataset", "")))
     return Samples(found, place=place, artifact=artifact, image=image)
 
 
@@ -130,26 +131,24 @@ _KINDS: dict[str, Callable[[Artifact, str, str], Samples]] = {
 }
 
 
-def _store(path: str | Path, cache: str | Path | None, cache_bytes: int) -> Store | None:
-    """The store at a path or URL; ``None`` where there is no such place."""
-    if "://" not in str(path) and not Path(path).is_dir():
-        return None
-    return _kept(open_store(path), cache, cache_bytes)
+@dataclass(frozen=True)
+class _Cache:
+    """Where files of other machines are kept, if they are."""
 
+    folder: str | Path | None
+    max_bytes: int
 
-def _kept(store: Store, cache: str | Path | None, cache_bytes: int) -> Store:
-    if cache is None or isinstance(store, LocalStore):
-        return store
-    return CachedStore(store, Path(cache).absolute(), cache_bytes)
+    def store(self, store: Store) -> Store:
+        if self.folder is None or isinstance(store, LocalStore):
+            return store
+        return CachedStore(store, Path(self.folder).absolute(), self.max_bytes)
 
-
-def _cached(source: Source, cache: str | Path | None, cache_bytes: int) -> Source:
-    """A source whose files are kept, if they lie elsewhere."""
-    if not is_dataclass(source) or "store" not in {field.name for field in fields(source)}:
-        return source
-    changed: Any = source
-    made: Source = replace(changed, store=_kept(changed.store, cache, cache_bytes))
-    return made
+    def source(self, source: Source) -> Source:
+        if not is_dataclass(source) or "store" not in {field.name for field in fields(source)}:
+            return source
+        changed: Any = source
+        made: Source = replace(changed, store=self.store(changed.store))
+        return made
 
 
 def _no_split(place: str, split: str, there: list[str]) -> UsageError:
@@ -161,21 +160,17 @@ def _no_split(place: str, split: str, there: list[str]) -> UsageError:
     )
 
 
-def _data_set(
-    place: str, split: str, data: str | Path | None, cache: str | Path | None, cache_bytes: int
-) -> Samples:
+def _data_set(place: str, split: str, data: str | Path | None, cache: _Cache) -> Samples:
     """A data set in one of the forms that runs take."""
     found = find_dataset(place, data)
     chosen = {"train": found.train, "test": found.test}.get(split)
     if chosen is None:
         raise _no_split(place, split, ["train", *(["test"] if found.test else [])])
-    image = ImageConfig.model_validate(found.info.image) if found.info else None
-    return Samples(_cached(chosen, cache, cache_bytes), place=place, image=image)
+    return Samples(cache.source(chosen), place=place, image=_image(found.info))
 
 
-def _image_of(dataset: str | None) -> ImageConfig | None:
+def _image(info: DatasetInfo | None) -> ImageConfig | None:
     """Shape and normalisation of a data set that has a name."""
-    info = NAMED.get(dataset or "")
     return ImageConfig.model_validate(info.image) if info else None
 
 
@@ -184,8 +179,7 @@ def _pruned(
     place: str,
     source: str | Path | None,
     data: str | Path | None,
-    cache: str | Path | None,
-    cache_bytes: int,
+    cache: _Cache,
 ) -> PrunedSamples:
     image = ImageConfig.model_validate(artifact.manifest["config"]["image"])
     if source is None and "train" in artifact.products:
@@ -194,7 +188,7 @@ def _pruned(
     if source is None:
         job = recorded(artifact.store)
         source, data = job["source"], data or job["data"]
-    base = _cached(find_dataset(str(source), data).train, cache, cache_bytes)
+    base = cache.source(find_dataset(str(source), data).train)
     wanted = selected_keys(artifact.product("selection"))
     places = _known_places(artifact, base) or Places.read(base)
     places = places.take(keys_in(places, wanted))
