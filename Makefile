@@ -9,10 +9,9 @@ demo: $(INSTALLED)  ## Install, then distil the bundled digits and write a repor
 	$(BIN)/pipeline run distill digits --ipc 10 --out runs/demo
 
 test: $(INSTALLED)  ## Install, then run the tests
-	@# One process more than there are cores, since many tests wait. Files in the order of their
-	@# names: those with few tests, which would be last, take longest.
-	$(BIN)/pytest -m "not slow" --numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 1)) \
-		--maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	@# Files in the order of their names: those with few tests, which would be last, take longest.
+	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder
 
 test-slow: $(INSTALLED)  ## The scientific runs of several minutes
 	$(BIN)/pytest -m slow
