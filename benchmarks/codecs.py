@@ -199,9 +199,7 @@ def coder(options: argparse.Namespace) -> None:
 # Rate and accuracy ---------------------------------------------------------------------------
 
 
-def codec_run(
-    beta: float, options: argparse.Namespace, channels: int | None = None
-) -> tuple[Artifact, dict[str, Any]]:
+def codec_run(beta: float, options: argparse.Namespace) -> tuple[Artifact, dict[str, Any]]:
     dataset = "digits" if options.quick else "cifar10"
     config: dict[str, Any] = {"beta": beta, "baselines": ["int8"]}
     if options.quick:
@@ -211,9 +209,6 @@ def codec_run(
         config["teacher"] = {"backbone": "resnet20", "weights": str(weights)}
         config = merge(config, SETTINGS)
     out = options.out / f"{dataset}-{beta:g}"
-    if channels is not None:
-        config = merge(config, {"codec": {"channels": channels}})
-        out = options.out / f"{dataset}-{channels}-channels"
     pipeline.run("compress-features", dataset, data=options.data, out=out, config=config)
     artifact = Artifact.open(open_store(out))
     return artifact, artifact.manifest
@@ -229,31 +224,15 @@ def step_table(artifact: Artifact, name: str, column: str) -> pa.Table:
     raise FileNotFoundError(f"{name} in {artifact.store}")
 
 
-def int8_latents(artifact: Artifact) -> tuple[float, float]:
-    """Bytes of an image's latents at 8 bits each, and of all of them by zstd."""
-    latents = to_numpy(step_table(artifact, "latents", "latents")["latents"])
-    levels = latents.clip(-128, 127).astype(np.int8).tobytes()
-    return latents[0].size, len(pa.compress(levels, "zstd", asbytes=True)) / len(latents)
-
-
-def reduction(options: argparse.Namespace) -> None:
-    """Fewer channels of 8 bits each, and no weight on bits (CR+BQ of the SC2 benchmark)."""
-    print("\n| channels | bytes, 8 bits a latent | zstd of all | stage 1, % | stage 2, % |")
-    print("|---|---|---|---|---|")
-    for channels in options.channels:
-        artifact, about = codec_run(1e-6, options, channels)
-        plain, whole = int8_latents(artifact)
-        stages = " | ".join(f"{about['accuracy'][name]:.2f}" for name in ("mimic", "tail"))
-        print(f"| {channels} | {plain} | {whole:.1f} | {stages} |", flush=True)
-
-
 def rate(options: argparse.Namespace) -> None:
     rows = []
     head = "beta | bytes | 99 in 100 | entropy model | learned prior | zstd of all int8 latents"
     print(f"\n| {head} | stage 1, % | stage 2, % |\n|---|---|---|---|---|---|---|---|")
     for beta in options.betas:
         artifact, about = codec_run(beta, options)
-        _, whole = int8_latents(artifact)
+        latents = to_numpy(step_table(artifact, "latents", "latents")["latents"])
+        levels = latents.clip(-128, 127).astype(np.int8).tobytes()
+        whole = len(pa.compress(levels, "zstd", asbytes=True)) / len(latents)
         kinds = {row["kind"]: row["sample"] for row in about["entropy"]}
         best = min(about["entropy"], key=lambda row: row["total"])
         row = {
@@ -419,21 +398,19 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "coder": coder,
     "lossless": lossless,
     "rate": rate,
-    "reduction": reduction,
 }
 
 
 def main() -> None:
     parser = make_parser(__doc__, "digits, and fewer of everything", PARTS, runs=True)
     parser.add_argument("--betas", nargs="*", type=float, default=BETAS, help="weights of a bit")
-    parser.add_argument("--channels", nargs="*", type=int, default=(1, 2, 4), help="of CR+BQ")
     parser.add_argument("--inputs", nargs="*", default=INPUTS, help="image codecs and qualities")
     parser.add_argument("--states", type=int, default=16, help="of a hidden tree")
     parser.add_argument("--tree-epochs", type=int, default=12, help="of a hidden tree")
     options = parser.parse_args()
     need_data(parser, options)
     if options.quick:
-        options.betas, options.inputs, options.channels = BETAS[1:3], INPUTS[:2], (2,)
+        options.betas, options.inputs = BETAS[1:3], INPUTS[:2]
     run_parts(PARTS, options)
 
 
