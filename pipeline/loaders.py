@@ -342,6 +342,8 @@ class Loader(DataLoader[B]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch. Of the one that it is in, what is left stays."""
+        if epoch != self.epoch:
+            self._given = 0
         self.stream.set_epoch(epoch)
 
     def __len__(self) -> int:

@@ -80,6 +80,8 @@ def open(  # noqa: A001
         return _data_set(place, split, data, kept)
     artifact = Artifact.open(kept.store(store))
     kind = artifact.manifest["kind"]
+    if split != "train" and kind in {"distilled", "pruned", "table"}:
+        raise _no_split(place, split, ["train"])
     if kind == "pruned":
         return _pruned(artifact, place, source, data, kept)
     if kind in _KINDS:

@@ -174,14 +174,14 @@ class Samples:
         return whole
 
     def _first_readable(self) -> pa.Table:
-        shards = self.source.shards
-        for number in range(len(shards) - 1):
+        last = len(self.source.shards) - 1
+        for number in range(last):
             if number not in self._bad:
                 try:
-                    return self.source.read(shards[number])
+                    return self._reader.shard(number)
                 except UNREADABLE as error:
                     self._leave_out(number, error)
-        return self.source.read(shards[len(shards) - 1])
+        return self._reader.shard(last)
 
     def _leave_out(self, number: int, error: Exception) -> None:
         self._bad.add(number)
@@ -261,7 +261,9 @@ class Samples:
         joined = self._joined
         for name in names:
             column = table[name].take(places)
-            joined = joined.append_column(name, column) if joined else pa.table({name: column})
+            joined = (
+                pa.table({name: column}) if joined is None else joined.append_column(name, column)
+            )
         return self._changed(_joined=joined)
 
     def counts(self) -> tuple[int, ...]:

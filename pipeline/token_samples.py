@@ -16,6 +16,7 @@ from pipeline.image_tensors import labels_of
 from pipeline.loaders import TorchSamples, items_of
 from pipeline.samples import Samples
 from pipeline.storage.artifact import Artifact, ArtifactSource
+from pipeline.storage.shard_reader import Places
 from pipeline.tensors import to_numpy
 from pipeline.tokenizers.tokenizer import Tokenizer
 from pipeline.tokenizers.tokens import TokenForm, Tokens
@@ -34,15 +35,17 @@ class TokenSamples(Samples):
 
     def __init__(self, artifact: Artifact, split: Artifact, place: str) -> None:
         source, told = ArtifactSource(split), artifact.manifest["tokens"]
-        super().__init__(source, place=place, artifact=artifact)
-        table = pa.concat_tables(source.tables())
+        tables = list(source.tables())
+        table = pa.concat_tables(tables)
+        keys = table["key"].combine_chunks()
+        places = Places.counted([len(part) for part in tables], keys)
+        super().__init__(source, place=place, artifact=artifact, places=places)
         names = ("kind", "bits", "vocabulary", "max_tokens")
         self.form = TokenForm(**{name: told[name] for name in names})
         self.tokenizer: str = artifact.manifest["tokenizer"]["digest"]
         self._labels = labels_of(table)
         self._lengths = torch.from_numpy(to_numpy(table["length"]).astype(np.int64))
         self._packed = to_numpy(table["tokens"])
-        self._names: list[str] = table["key"].to_pylist()
         self.views = int(self._lengths.shape[1])
 
     @property
@@ -61,8 +64,7 @@ class TokenSamples(Samples):
 
     def labels_and_keys(self, rows: Rows) -> tuple[Tensor, list[str]]:
         """Labels int64 (B,) and keys of some images."""
-        own = self.rows_of(rows).tolist()
-        return self._labels[own], [self._names[row] for row in own]
+        return self._labels[self.rows_of(rows)], [self.keys[row] for row in rows.tolist()]
 
     def tokens(self, rows: Sequence[int] | Rows, view: int = 0) -> Tokens:
         """Tokens of some images, as :meth:`Tokenizer.decode` takes them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +18,8 @@ from pipeline.storage.store import FileInfo, Store, make_folder
 
 NAME = 64
 """Length of a kept file's name: a SHA-256 in hexadecimal digits."""
+LEFT_SECONDS = 24 * 3600
+"""After which what is not a kept file is of a process that was killed."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,12 @@ class CachedStore(Store):
         found = []
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                if len(entry.name) == NAME:
-                    with suppress(FileNotFoundError):
-                        found.append((entry.stat().st_mtime_ns, entry.name, entry.stat().st_size))
+                with suppress(FileNotFoundError):
+                    status = entry.stat()
+                    if len(entry.name) == NAME:
+                        found.append((status.st_mtime_ns, entry.name, status.st_size))
+                    elif time.time() - status.st_mtime > LEFT_SECONDS:
+                        _remove(Path(entry.path))
         total = sum(size for _, _, size in found)
         for _, name, size in sorted(found):
             if total <= self.max_bytes:
@@ -121,3 +127,10 @@ class CachedStore(Store):
             if name != newest:
                 (self.folder / name).unlink(missing_ok=True)
                 total -= size
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -146,6 +146,10 @@ class ShardReader:
             )
         return held.table.take(pa.array(found, pa.int64()))
 
+    def shard(self, number: int) -> pa.Table:
+        """All of a shard. Raises as its source does."""
+        return self._shard(number).table
+
     def _shard(self, number: int) -> _Held:
         if self._process != os.getpid():
             self._begin()  # what a thread of the parent was reading, nobody reads here

@@ -145,6 +145,12 @@ def test_an_order_belongs_to_seed_and_epoch(opened: dict[str, TorchSamples[Any]]
     assert order(0, 0) == order(0, 0)
     assert len({tuple(order(*which)) for which in [(0, 0), (0, 1), (1, 0)]}) == 3
     assert order(0, 5, shuffle=False) == data.keys
+    stopped = data.loader(100, threads=0)
+    next(iter(stopped))
+    assert stopped.state_dict()["position"] == 100
+    stopped.set_epoch(3)
+    state = stopped.state_dict()
+    assert (state["epoch"], state["position"]) == (3, 0)
     loader = data.loader(100, threads=0)
     epochs = [[key for batch in loader for key in batch.key] for _ in range(2)]
     assert epochs == [order(0, 0), order(0, 1)]
@@ -462,8 +468,9 @@ def test_what_has_no_samples_is_not_opened(outputs: dict[str, Path]) -> None:
         pipeline.open(outputs["tokenizer"])
     with pytest.raises(UsageError, match="no data set named"):
         pipeline.open(outputs["images"] / "nothing")
-    with pytest.raises(UsageError, match="There is: train"):
-        pipeline.open(outputs["images"], split="test")
+    for kind in ("images", "pruned", "distilled"):
+        with pytest.raises(UsageError, match="There is: train"):
+            pipeline.open(outputs[kind], split="test")
 
 
 # Other libraries.
@@ -616,6 +623,13 @@ def test_a_cache_keeps_to_its_size(s3: ObjectStore, tmp_path: Path) -> None:
         assert (folder / "4").read_bytes() == b"\x04" * 1000
     with pytest.raises(FileNotFoundError):
         store.open("nothing")
+    # What a process that was killed has left.
+    (tmp_path / "cache" / "reading-x").mkdir()
+    (tmp_path / "cache" / "unfinished-x").write_bytes(b"x")
+    for name in ("reading-x", "unfinished-x"):
+        os.utime(tmp_path / "cache" / name, (0, 0))
+    with store.open("5"):
+        assert not list((tmp_path / "cache").glob("*-x"))
 
 
 def test_a_fork_does_not_wait_for_what_its_parent_reads(outputs: dict[str, Path]) -> None:
