@@ -7,7 +7,7 @@ constriction codes all symbols of a table in one call.
 ``rate``: a feature codec of the given ResNet-20 on CIFAR-10 at four weights of a bit, beside JPEG,
 WebP and AVIF: files and what is left of them without what all files of a size share, seen by the
 teacher as it is and by the teacher trained on as many images of that codec, as long and with the
-same loss as a tail.
+same loss as a tail; and fewer channels in 8 bits with no entropy model, trained as the codec.
 
 ``lossless``: hidden trees on Fashion-MNIST beside PNG, WebP and JPEG XL of each image, and JPEG XL
 of all of them as one picture (by imagecodecs, or ``cjxl``).
@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -64,6 +64,7 @@ SETTINGS: dict[str, Any] = {
     "mimic": {"epochs": 6},
     "tail": {"epochs": 4, "lr": 0.05},
 }
+CHANNELS = (1, 2, 3, 6, 9, 12)
 INPUTS = ("jpeg:5", "jpeg:20", "webp:0", "webp:10", "avif:20")
 
 
@@ -199,9 +200,12 @@ def coder(options: argparse.Namespace) -> None:
 # Rate and accuracy ---------------------------------------------------------------------------
 
 
-def codec_run(beta: float, options: argparse.Namespace) -> tuple[Artifact, dict[str, Any]]:
+def codec_run(
+    beta: float, options: argparse.Namespace, channels: Sequence[int] = ()
+) -> tuple[Artifact, dict[str, Any]]:
     dataset = "digits" if options.quick else "cifar10"
-    config: dict[str, Any] = {"beta": beta, "baselines": ["int8"]}
+    baselines = ["int8", *(f"channels:{n}" for n in channels)]
+    config: dict[str, Any] = {"beta": beta, "baselines": baselines}
     if options.quick:
         config = merge(config, {"teacher": {"train": {"epochs": 8}}, "mimic": {"epochs": 3}})
     else:
@@ -257,6 +261,24 @@ def rate(options: argparse.Namespace) -> None:
         target("stage 2 less stage 1, points", 0, row["stage 2"] - row["stage 1"])
         target("counted tables over the learned prior", 1, row["counted"] / row["prior"], most=True)
     inputs(artifact, about, rows, options)
+    reductions(rows, options)
+
+
+def reductions(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Fewer channels in 8 bits, beside the student in as many bytes."""
+    _, about = codec_run(options.betas[-1], options, options.channels)
+    print(
+        "\n| channels in 8 bits | bytes | stage 1, % | stage 2, % | student in at most as many, % |"
+    )
+    print("|---|---|---|---|---|")
+    for found in about["baselines"]:
+        name, _, channels = found["name"].partition(":")
+        if name == "channels":
+            size = found["bytes"]["mean"]
+            fair = [row["stage 2"] for row in rows if row["bytes"] <= size]
+            student = f"{max(fair):.2f}" if fair else ""
+            told = f"{size:.0f} | {found['mimic']:.2f} | {found['accuracy']:.2f} | {student}"
+            print(f"| {channels} | {told} |", flush=True)
 
 
 def inputs(
@@ -405,12 +427,13 @@ def main() -> None:
     parser = make_parser(__doc__, "digits, and fewer of everything", PARTS, runs=True)
     parser.add_argument("--betas", nargs="*", type=float, default=BETAS, help="weights of a bit")
     parser.add_argument("--inputs", nargs="*", default=INPUTS, help="image codecs and qualities")
+    parser.add_argument("--channels", nargs="*", type=int, default=CHANNELS, help="in 8 bits")
     parser.add_argument("--states", type=int, default=16, help="of a hidden tree")
     parser.add_argument("--tree-epochs", type=int, default=12, help="of a hidden tree")
     options = parser.parse_args()
     need_data(parser, options)
     if options.quick:
-        options.betas, options.inputs = BETAS[1:3], INPUTS[:2]
+        options.betas, options.inputs, options.channels = BETAS[1:3], INPUTS[:2], CHANNELS[:2]
     run_parts(PARTS, options)
 
 

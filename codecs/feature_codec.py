@@ -53,6 +53,7 @@ class FeatureSpec:
         std: per channel.
         latents: (channels, h, w) of one image.
         features: (target, H, W) of one image.
+        eight_bit: latents are kept in 8 bits each, and no entropy model is learned.
     """
 
     inputs: int
@@ -65,6 +66,7 @@ class FeatureSpec:
     std: tuple[float, ...]
     latents: tuple[int, int, int]
     features: tuple[int, int, int]
+    eight_bit: bool = False
 
 
 class Bottleneck(nn.Module):
@@ -73,11 +75,12 @@ class Bottleneck(nn.Module):
     Source: Matsubara et al., "Supervised Compression for Resource-Constrained Edge Computing
     Systems", 2022.
 
-    Shapes: images (N, inputs, H, W) to features (N, target, ...).
+    Shapes: images (N, inputs, H, W) to latents (N, channels, h, w) as a decoder gets them.
     """
 
     def __init__(self, spec: FeatureSpec) -> None:
         super().__init__()
+        self.spec = spec
         c, (first, second) = spec.channels, spec.strides
         self.encoder = nn.Sequential(
             nn.Conv2d(spec.inputs, 4 * c, 5, first, 2, bias=False),
@@ -88,6 +91,13 @@ class Bottleneck(nn.Module):
         )
         self.prior = FactorizedPrior(c)
         self.decoder = decoder(spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents = self.encoder(x)
+        if self.spec.eight_bit:
+            levels, low, scale = eight_bits(latents, (1, 2, 3))
+            return levels * scale + low
+        return cast("Tensor", latents.round())
 
     @classmethod
     def load(cls, spec: bytes, weights: bytes) -> Bottleneck:
@@ -110,8 +120,25 @@ def decoder(spec: FeatureSpec) -> nn.Sequential:
     )
 
 
+def eight_bits(x: Tensor, together: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels 0 to 255 (whole numbers in x's dtype), the least value, and what a level stands for.
+
+    Args:
+        x: (N, C, H, W).
+        together: dimensions that share a least value and a scale.
+    """
+    low, high = x.amin(together, keepdim=True), x.amax(together, keepdim=True)
+    scale = ((high - low) / 255).clamp(min=1e-12)
+    return ((x - low) / scale).round(), low, scale
+
+
 def plan(
-    teacher: nn.Module, config: FeatureCodecConfig, image: backbones.ModelSpec, size: int
+    teacher: nn.Module,
+    config: FeatureCodecConfig,
+    image: backbones.ModelSpec,
+    size: int,
+    *,
+    eight_bit: bool = False,
 ) -> FeatureSpec:
     """Shapes of a codec for a teacher and images of ``size`` pixels.
 
@@ -155,6 +182,7 @@ def plan(
         image.std,
         latents,
         (target, height, width),
+        eight_bit,
     )
 
 

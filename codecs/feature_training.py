@@ -55,7 +55,9 @@ class Mimic:
         teacher: whose features are wanted.
         image: what it expects.
         codec: shapes.
-        beta: weight of a bit.
+        beta: weight of a bit; without one, latents take 8 bits each between the least and the
+            largest of their image, and fewer channels are what makes fewer bytes ("channel
+            reduction and bottleneck quantization" of that benchmark).
         train: of the bottleneck.
         given: one that was trained before, which is measured and stays as it is.
     """
@@ -63,7 +65,7 @@ class Mimic:
     teacher: Teachers
     image: ImageConfig
     codec: FeatureCodecConfig
-    beta: float
+    beta: float | None
     train: TrainConfig
     given: Files | None = None
 
@@ -77,7 +79,8 @@ class Mimic:
         self, inputs: Mapping[str, pa.Table], seed: int, device: torch.device
     ) -> MimicTraining:
         (teacher,) = self.teacher.networks(torch.device("cpu"))
-        spec = plan(teacher, self.codec, self.image.model_spec("", 0), self.image.size)
+        model, size = self.image.model_spec("", 0), self.image.size
+        spec = plan(teacher, self.codec, model, size, eight_bit=self.beta is None)
         teacher = copy.deepcopy(teacher).to(device)
         sets = {name: LabelledImages.of(t, self.image, device) for name, t in inputs.items()}
         if self.given is None:
@@ -91,8 +94,8 @@ class Mimic:
                 code="other-codec",
             )
         done = replace(self, train=self.train.model_copy(update={"epochs": 0}))
-        model = Bottleneck.load(about, weights).to(device)
-        return MimicTraining(model, teacher, done, spec, sets, seed)
+        bottleneck = Bottleneck.load(about, weights).to(device)
+        return MimicTraining(bottleneck, teacher, done, spec, sets, seed)
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,9 @@ class MimicTraining:
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, noise = batch
+        if self.task.beta is None:
+            # Against what they cost the network, 255 levels are as good as none.
+            return self._distortion(x, self.model.decoder(self.model.encoder(x))) / len(x)
         noisy = self.model.encoder(x) + noise
         distortion = self._distortion(x, self.model.decoder(noisy))
         # A likelihood is a difference of numbers that may be near 1.
@@ -131,22 +137,28 @@ class MimicTraining:
         return (distortion + self.task.beta * bits) / len(x)
 
     def evaluate(self) -> dict[str, Any]:
-        """Of rounded latents: bits of an image, distortion, and accuracy by the teacher's tail."""
+        """Of stored latents: bytes of an image, and accuracy by the teacher's tail."""
         data = self.sets["test"]
 
         def look(rows: Tensor) -> Tensor:
             x = data.images.take(rows)
-            latents = self.model.encoder(x).round()
+            latents = self.model(x)
             features = self.model.decoder(latents)
-            flat = latents.float().flatten(2).permute(1, 0, 2)
-            bits = -self.model.prior.likelihood(flat.flatten(1)).log2()
-            each = bits.view(flat.shape).sum((0, 2))
             answers = self._after(features)[-1].argmax(1) == data.labels[rows]
-            return torch.stack([each, answers.float()], 1)
+            return torch.stack([self._bits(latents), answers.float()], 1)
 
         found = in_batches(look, torch.arange(len(data), device=data.labels.device)).double()
         bits, hits = found.mean(0).tolist()
         return {"bytes": bits / 8, "accuracy": 100 * hits, "images": len(data)}
+
+    def _bits(self, latents: Tensor) -> Tensor:
+        """Of each image's stored latents."""
+        if self.spec.eight_bit:
+            ends = 64  # two float32
+            return latents.new_full((len(latents),), 8 * latents[0].numel() + ends)
+        flat = latents.float().flatten(2).permute(1, 0, 2)
+        bits = -self.model.prior.likelihood(flat.flatten(1)).log2()
+        return bits.view(flat.shape).sum((0, 2))
 
     def _after(self, features: Tensor) -> list[Tensor]:
         """Features, and what each later stage of the teacher makes of them; the last are logits."""
@@ -202,7 +214,7 @@ class TailSpec:
 
 @dataclass(frozen=True)
 class TrainTail:
-    """Train decoder and tail on rounded latents; the encoder and its prior stay as they are.
+    """Train decoder and tail on stored latents; the encoder and its prior stay as they are.
 
     Args:
         teacher: where the tail begins, and whose answers are half of the loss.
@@ -243,7 +255,7 @@ class TrainTail:
     ) -> TailTraining:
         teacher, spec, bottleneck, tail = self.parts(device)
         sets = {name: LabelledImages.of(t, self.image, device) for name, t in inputs.items()}
-        return TailTraining(tail, teacher, bottleneck.encoder, spec.split, self, sets, seed)
+        return TailTraining(tail, teacher, bottleneck, spec.split, self, sets, seed)
 
 
 @dataclass(frozen=True)
@@ -252,7 +264,7 @@ class TailTraining:
 
     model: Tail
     teacher: nn.Module
-    encoder: nn.Module
+    bottleneck: Bottleneck
     split: str
     task: TrainTail
     sets: Mapping[str, LabelledImages]
@@ -277,14 +289,8 @@ class TailTraining:
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, labels = batch
         with torch.no_grad():
-            latents = self.encoder(x).round()
+            latents = self.bottleneck(x)
         return task_loss(self.model(latents), labels, self.teacher, x, self.task.distillation)
 
     def evaluate(self) -> dict[str, Any]:
-        whole = nn.Sequential(self.encoder, _Round(), self.model)
-        return accuracy(whole, self.sets["test"])
-
-
-class _Round(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.round()
+        return accuracy(nn.Sequential(self.bottleneck, self.model), self.sets["test"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline import backbones
 from pipeline.backbones import Teachers
-from pipeline.codecs.feature_codec import FeatureDecoder
+from pipeline.codecs.feature_codec import FeatureDecoder, eight_bits
 from pipeline.codecs.feature_training import TrainTail
 from pipeline.device import default_device, in_batches
 from pipeline.labelled_images import ImageConfig, normalise
@@ -103,9 +103,7 @@ class AnswerInt8:
         after = nn.Sequential(*(stages[name] for name in names[first:]))
         x = normalise(to_numpy(table["image"]), self.image, device)
         features = in_batches(before, x)
-        low, high = features.amin((2, 3), keepdim=True), features.amax((2, 3), keepdim=True)
-        scale = ((high - low) / 255).clamp(min=1e-12)
-        levels = ((features - low) / scale).round()
+        levels, low, scale = eight_bits(features, (2, 3))
         coded = levels.to(torch.uint8).cpu().numpy()
         ends = 8 * coded.shape[1]  # two float32 of each channel
         sizes = [len(pa.compress(one.tobytes(), "zstd", asbytes=True)) + ends for one in coded]

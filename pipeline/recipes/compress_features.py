@@ -54,6 +54,7 @@ from pipeline.tensors import to_numpy
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 INT8 = "int8"
+CHANNELS = "channels"
 CANDIDATES = "candidates"
 """The array that says what other entropy models would take, as JSON."""
 Preset = Literal["small", "resnet50"]
@@ -123,7 +124,8 @@ class CompressFeaturesConfig(Config):
     format: Literal["parquet", "zarr"] = Field(default="parquet", description="of the features")
     baselines: tuple[str, ...] = Field(
         default=("jpeg:5", "jpeg:20", "jpeg:50", "webp:0", "webp:30", "avif:30", "int8"),
-        description="what the report compares with: an image codec and its quality, or int8",
+        description="what the report compares with: an image codec and its quality, int8, or "
+        "channels and their number: an encoder and a tail are trained whose latents have as many",
     )
     measured: int = Field(default=2000, ge=1, description="test images of a baseline, at most")
 
@@ -218,7 +220,7 @@ def compress_features(run: Run, data: Dataset, config: CompressFeaturesConfig) -
     stored = {name: source for name, (source, _) in made.items()}
     answer = AnswerFeatures(files, entropy, tail_task, ModelFiles.fitted(tail))
     answers = run.map("answers", stored["test"], [answer], to=ParquetFormat())
-    rows = _baselines(run, test, models, config, spec)
+    rows = _baselines(run, {"train": train, "test": test}, models, config, spec)
     model = model_from_arrays(read_arrays(entropy))
     sizes = [n for t in answers.tables() for n in t["bytes"].to_pylist()]
     totals = [record["metrics"] for _, step in made.values() for record in step.artifact.records()]
@@ -301,18 +303,22 @@ def _stored(
 
 def _baselines(
     run: Run,
-    test: ArtifactSource,
+    images: Mapping[str, ArtifactSource],
     teacher: FittedModels,
     config: CompressFeaturesConfig,
     spec: FeatureSpec,
 ) -> list[dict[str, Any]]:
-    """What the teacher sees in images that other codecs have coded, and in its features."""
+    """What is seen in images of other codecs, in the teacher's features, and in few channels."""
+    test = images["test"]
     count = test.artifact.manifest["counts"]["out"]
     shards = max(1, len(test.shards))
     few = SampledSource(test, shards, max(1, -(-min(count, config.measured) // shards)))
     rows = []
     for name in config.baselines:
         kind, _, quality = name.partition(":")
+        if kind == CHANNELS:
+            rows.append({"name": name, **_reduced(run, images, teacher, config, int(quality))})
+            continue
         stages: list[Stage] = [AnswerInt8(teacher, config.image, spec.split)]
         if kind != INT8:
             stages = [Recompress(*_image_codec(name)), AnswerImages(teacher, config.image)]
@@ -322,8 +328,29 @@ def _baselines(
     return rows
 
 
+def _reduced(
+    run: Run,
+    images: Mapping[str, ArtifactSource],
+    teacher: FittedModels,
+    config: CompressFeaturesConfig,
+    channels: int,
+) -> dict[str, Any]:
+    """Few channels in 8 bits and no entropy model; otherwise trained as the codec is."""
+    codec = config.codec.model_copy(update={"channels": channels})
+    mimic = Mimic(teacher, config.image, codec, None, config.mimic)
+    made = run.fit(f"{CHANNELS}-{channels}", mimic, **images)
+    task = TrainTail(
+        teacher, config.image, ModelFiles.fitted(made), config.tail, config.distillation
+    )
+    tail = run.fit(f"{CHANNELS}-{channels}-tail", task, **images)
+    before, after = made.metrics, tail.metrics
+    size = quantiles([before["bytes"]])
+    return {"accuracy": after["accuracy"], "mimic": before["accuracy"], "bytes": size}
+
+
 def _check_baseline(name: str) -> None:
-    if name != INT8:
+    kind, _, number = name.partition(":")
+    if name != INT8 and not (kind == CHANNELS and number.isdigit() and int(number)):
         _image_codec(name)
 
 
@@ -334,7 +361,8 @@ def _image_codec(name: str) -> tuple[ImageCodec, int]:
             return known, int(quality)
     raise UsageError(
         f"There is no baseline '{name}'.",
-        hint=f"Write {', '.join(f'{codec}:QUALITY' for codec in OPTIONS)}, or int8.",
+        hint=f"Write {', '.join(f'{codec}:QUALITY' for codec in OPTIONS)}, int8, or "
+        f"{CHANNELS}:NUMBER.",
         code="bad-baseline",
     )
 

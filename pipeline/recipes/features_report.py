@@ -68,6 +68,7 @@ def _trade_off(about: Mapping[str, Any]) -> str:
     told = paragraph(
         "Of other codecs whole files are counted, and the teacher sees them without having been "
         "trained on them: with that it would see more. Features in 8 bits are packed by zstd. "
+        "Few channels in 8 bits have an encoder and a tail of their own, and no entropy model. "
         f"Before the tail was trained, accuracy was {accuracy['mimic']:.2f}%. "
         f"{about['over_budget']:,} images lost some of their symbols to a budget."
     )
@@ -81,8 +82,10 @@ def _named(baseline: str) -> str:
         "webp": "WebP",
         "avif": "AVIF",
         "int8": "the teacher's features, 8 bits",
+        "channels": "latents in 8 bits",
     }
-    return names[kind] + (f", quality {quality}" if quality else "")
+    what = "channels" if kind == "channels" else "quality"
+    return names[kind] + (f", {what} {quality}" if quality else "")
 
 
 def _sizes(sizes: Sequence[int]) -> str:
