@@ -14,6 +14,9 @@ from pipeline.storage.object_store import ObjectStore
 settings.register_profile("pipeline", deadline=None)
 settings.load_profile("pipeline")
 
+# Ray gives its workers a low priority: beside the tests of another process they would hardly run.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 TINY = {
     "teacher": {"train": {"epochs": 4}},
     "recover": {"iterations": 12, "batch_size": 5},
