@@ -29,7 +29,7 @@ from pipeline import backbones
 from pipeline.codecs.low_rank_vq import CodeConfig, cluster, plan_layers, sub_vectors
 from pipeline.config import build, merge
 
-POINTS = ({"m": 4, "k": 256}, {"m": 8, "k": 64}, {"m": 36, "k": 16})
+POINTS = ({"m": 4, "k": 256}, {"m": 8, "k": 64}, {"m": 18, "k": 32})
 """Sub-vectors and codes, from small ratios to large ones."""
 SWEPT = POINTS[1]
 

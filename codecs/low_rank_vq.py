@@ -52,6 +52,12 @@ class CodeConfig(Config):
         ge=0,
         description="of the estimate: the least d whose error is so little above that of d = m",
     )
+    low_rank_error: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="of the estimate: share of a layer's energy that low rank may leave out",
+    )
     skip: tuple[str, ...] = Field(default=(), description="names of layers that stay as they are")
     skip_first: bool = Field(default=True, description="the first convolution stays as it is")
 
@@ -282,15 +288,19 @@ def error_curves(
     return [Curve(*zip(*rows, strict=True)) for rows in found]
 
 
-def estimate(curve: Curve, tolerance: float) -> int:
+def estimate(curve: Curve, config: CodeConfig) -> int:
     """The least d whose errors come to no more than 1 + ``tolerance`` times those of d = m.
 
     Their sum falls with d, since a codebook of less width is one of more as well: there is no
     least, but a bend, after which more numbers a code buy little. What low rank leaves out can be
     learned again by training, and what clustering leaves out cannot, so the bend is early enough.
+    Up to a point: where few codes leave out most of the weights, low rank could too and the sum
+    would hardly tell, but a network of which little is left learns nothing again.
     """
-    sums = [a + b for a, b in zip(curve.low_rank, curve.clustering, strict=True)]
-    return next(d for d, total in enumerate(sums, 1) if total <= (1 + tolerance) * sums[-1])
+    pairs = list(zip(curve.low_rank, curve.clustering, strict=True))
+    total = (1 + config.tolerance) * sum(pairs[-1])
+    most = config.low_rank_error
+    return next(d for d, pair in enumerate(pairs, 1) if sum(pair) <= total and pair[0] <= most)
 
 
 def choose_widths(
@@ -302,7 +312,7 @@ def choose_widths(
     """
     found = []
     for layer, curve in zip(layers, curves, strict=True):
-        d = estimate(curve, config.tolerance) if config.d == "auto" else min(config.d, layer.m)
+        d = estimate(curve, config) if config.d == "auto" else min(config.d, layer.m)
         narrow, whole = replace(layer, d=d), replace(layer, d=layer.m)
         found.append(whole if config.d == "auto" and narrow.ratio < whole.ratio else narrow)
     return found

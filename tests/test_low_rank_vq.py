@@ -138,14 +138,23 @@ def test_the_estimate_is_low_where_the_spectrum_falls_and_high_where_it_does_not
     (curve,) = error_curves({"x": decaying(8000, 18, power / 2)}, [layer], 0)
     for d, wanted in sums.items():
         assert abs(curve.low_rank[d - 1] + curve.clustering[d - 1] - wanted) < 0.02
-    assert least <= estimate(curve, 0.05) <= most
+    assert least <= estimate(curve, CodeConfig()) <= most
+
+
+def test_the_estimate_leaves_no_layer_without_most_of_its_weights() -> None:
+    # Few codes leave out so much that the sum of both errors hardly depends on d.
+    curve = Curve((0.80, 0.60, 0.30, 0.20, 0.0), (0.02, 0.22, 0.52, 0.61, 0.8))
+    assert estimate(curve, CodeConfig()) == 4
+    assert estimate(curve, CodeConfig(low_rank_error=0.1)) == 5
+    assert estimate(curve, CodeConfig(low_rank_error=1)) == 1
 
 
 def test_an_estimate_never_costs_more_than_the_whole_width() -> None:
     layer = CodedLayer("x", (16, 16, 3, 3), 8, 32, 8)
     flat = Curve(tuple(1 - d / 8 for d in range(1, 9)), (0.0,) * 7 + (1.0,))
-    (wide,) = choose_widths([layer], [flat], build(CodeConfig, {"tolerance": 0.0}))
-    assert wide.d == 1  # any sum is below that of d = m
+    any_rank = build(CodeConfig, {"tolerance": 0.0, "low_rank_error": 1.0})
+    (narrow,) = choose_widths([layer], [flat], any_rank)
+    assert narrow.d == 1  # any sum is below that of d = m
     nearly = Curve((1.0,) * 6 + (0.0, 0.0), (0.0,) * 8)
     (seven,) = choose_widths([layer], [nearly], build(CodeConfig, {}))
     assert seven.d == 8  # 7 numbers and a basis are more bits than 8
