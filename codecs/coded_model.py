@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,10 +23,10 @@ from pipeline.digest import dumps
 from pipeline.errors import RunError
 
 Arrays = dict[str, npt.NDArray[Any]]
-VERSION = 1
+VERSION = 2
 """Of the arrays of a coded network."""
 PLAN = "plan"
-"""Name of the array that says what the others are: JSON."""
+"""Name of the array that says what the others hold: JSON, compressed by zstd."""
 
 
 class LowRankWeight(nn.Module):
@@ -158,13 +160,14 @@ def rebuild(arrays: Mapping[str, npt.NDArray[Any]], *, look_up: bool = False) ->
     Raises:
         RunError: the arrays are none of a coded network.
     """
-    about, state = from_arrays(arrays)
+    about, named = spread(arrays)
+    _, state = from_arrays(arrays)
     spec = about["model"]
     model = backbones.build(spec["backbone"], spec["classes"], spec["channels"])
     backbones.load_weights(model, state, "a coded network")
     if look_up:
         for layer in about["layers"]:
-            table, codes = layer_table(arrays, layer)
+            table, codes = layer_table(named, layer)
             whole = replace(layer, d=layer.m)
             put(model, layer.name, CodedWeight(whole, codes.astype(np.int32), table, None))
     return model.eval().requires_grad_(requires_grad=False)
@@ -215,22 +218,61 @@ def to_arrays(model: nn.Module, layers: Sequence[CodedLayer], about: Mapping[str
         layers: how its weights are coded.
         about: plain JSON types that say how to build the network.
     """
-    arrays: Arrays = {}
+    named: Arrays = {}
     for layer in layers:
         module = cast("CodedWeight", cast("WithWeight", model.get_submodule(layer.name)).weight)
         codes = module.codes.cpu().numpy()
-        arrays |= {f"{layer.name}:{kind}": v for kind, v in code_arrays(codes, layer.k).items()}
+        named |= {f"{layer.name}:{kind}": v for kind, v in code_arrays(codes, layer.k).items()}
         for name, value in (("codebook", module.codebook), ("basis", module.basis)):
             if value is not None:
                 half = value.detach().cpu().to(torch.float16).numpy()
-                arrays[f"{layer.name}:{name}"] = half
+                named[f"{layer.name}:{name}"] = half
     weights = {f"{layer.name}.weight" for layer in layers}
     for name, value in dense_state(model).items():
         if name not in weights and not name.endswith("num_batches_tracked"):
-            arrays[name] = value.cpu().numpy()
-    told = {"version": VERSION, "layers": [asdict(layer) for layer in layers], **about}
-    arrays[PLAN] = np.frombuffer(dumps(told), np.uint8)
-    return arrays
+            named[name] = value.cpu().numpy()
+    return gather(named, {"layers": [asdict(layer) for layer in layers], **about})
+
+
+def gather(named: Mapping[str, npt.NDArray[Any]], about: Mapping[str, Any]) -> Arrays:
+    """Named arrays as one of each type, and the plan that says which is where.
+
+    In a file each array costs a hundred bytes, and a network in 100 kB has hundreds of them.
+    """
+    entries = [(name, value.dtype.name, value.shape) for name, value in sorted(named.items())]
+    told = dumps({"version": VERSION, "arrays": entries, **about})
+    found = {PLAN: np.frombuffer(pa.compress(told, "zstd", asbytes=True), np.uint8)}
+    for kind in {dtype for _, dtype, _ in entries}:
+        found[kind] = np.concatenate([named[n].ravel() for n, dtype, _ in entries if dtype == kind])
+    return found
+
+
+def spread(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, Any], Arrays]:
+    """What a coded network says of itself, ``layers`` among it, and its arrays by name.
+
+    Raises:
+        RunError: the arrays are none of a coded network.
+    """
+    try:
+        told = pa.CompressedInputStream(pa.py_buffer(arrays[PLAN].tobytes()), "zstd").read()
+        about: dict[str, Any] = json.loads(told)
+        if about["version"] != VERSION:
+            raise ValueError(f"version {about['version']}")
+        named, places = {}, dict.fromkeys(arrays, 0)
+        for name, kind, shape in about.pop("arrays"):
+            start = places[kind]
+            places[kind] += math.prod(shape)
+            named[name] = arrays[kind][start : places[kind]].reshape(shape)
+        layers = [
+            CodedLayer(**{**layer, "shape": tuple(layer["shape"])}) for layer in about["layers"]
+        ]
+    except (KeyError, ValueError, TypeError, OSError) as error:
+        raise RunError(
+            f"This is no coded network: {error}.",
+            hint="Give the output of 'pipeline run compress-model'.",
+            code="no-coded-model",
+        ) from error
+    return {**about, "layers": layers}, named
 
 
 def from_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, Any], Arrays]:
@@ -239,44 +281,22 @@ def from_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, Any],
     Raises:
         RunError: the arrays are none of a coded network.
     """
-    about = plan_of(arrays)
-    state = {n: v for n, v in arrays.items() if n != PLAN and ":" not in n}
+    about, named = spread(arrays)
+    state = {n: v for n, v in named.items() if ":" not in n}
     for layer in about["layers"]:
-        table, codes = layer_table(arrays, layer)
+        table, codes = layer_table(named, layer)
         state[f"{layer.name}.weight"] = table[codes].reshape(layer.shape)
     return about, state
 
 
-def plan_of(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    """What a coded network says of itself; ``layers`` is how its weights are coded.
-
-    Raises:
-        RunError: the arrays are none of a coded network.
-    """
-    try:
-        about: dict[str, Any] = json.loads(arrays[PLAN].tobytes())
-        if about["version"] != VERSION:
-            raise ValueError(f"version {about['version']}")
-        layers = [
-            CodedLayer(**{**layer, "shape": tuple(layer["shape"])}) for layer in about["layers"]
-        ]
-    except (KeyError, ValueError, TypeError) as error:
-        raise RunError(
-            f"This is no coded network: {error}.",
-            hint="Give the output of 'pipeline run compress-model'.",
-            code="no-coded-model",
-        ) from error
-    return {**about, "layers": layers}
-
-
 def layer_table(
-    arrays: Mapping[str, npt.NDArray[Any]], layer: CodedLayer
+    named: Mapping[str, npt.NDArray[Any]], layer: CodedLayer
 ) -> tuple[Floats, npt.NDArray[np.int64]]:
     """All sub-vectors that a layer has, float32 (k, m), and which of them each one is (n,)."""
-    codebook = arrays[f"{layer.name}:codebook"].astype(np.float32)
-    basis = arrays.get(f"{layer.name}:basis")
+    codebook = named[f"{layer.name}:codebook"].astype(np.float32)
+    basis = named.get(f"{layer.name}:basis")
     table = codebook if basis is None else codebook @ basis.astype(np.float32).T
-    return table, codes_of(arrays, layer)
+    return table, codes_of(named, layer)
 
 
 def code_arrays(codes: npt.NDArray[Any], k: int) -> Arrays:
@@ -295,13 +315,13 @@ def code_arrays(codes: npt.NDArray[Any], k: int) -> Arrays:
     return {"codes": packed}
 
 
-def codes_of(arrays: Mapping[str, npt.NDArray[Any]], layer: CodedLayer) -> npt.NDArray[np.int64]:
+def codes_of(named: Mapping[str, npt.NDArray[Any]], layer: CodedLayer) -> npt.NDArray[np.int64]:
     """The codes of a layer (n,).
 
     Raises:
         RunError: they are damaged.
     """
-    data, kept = arrays[f"{layer.name}:codes"], arrays.get(f"{layer.name}:frequencies")
+    data, kept = named[f"{layer.name}:codes"], named.get(f"{layer.name}:frequencies")
     if kept is None:
         return unpack(data, layer.code_bits, layer.vectors)
     frequencies = kept.astype(np.uint32) + 1
@@ -321,14 +341,14 @@ def size_of(arrays: Mapping[str, npt.NDArray[Any]]) -> Size:
     """What a coded network takes, without names and the plan."""
     parts = dict.fromkeys(("codes", "frequencies", "codebook", "basis"), 0)
     rest = 0
-    for name, value in arrays.items():
+    about, named = spread(arrays)
+    for name, value in named.items():
         _, colon, kind = name.rpartition(":")
         if colon:
             parts[kind] += value.nbytes
-        elif name != PLAN:
+        else:
             rest += value.nbytes
-    layers = plan_of(arrays)["layers"]
-    dense = rest + sum(4 * layer.vectors * layer.m for layer in layers)
+    dense = rest + sum(4 * layer.vectors * layer.m for layer in about["layers"])
     codes = parts["codes"] + parts["frequencies"]
     return Size(codes, parts["codebook"], parts["basis"], rest, dense)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from pipeline.codecs.coded_model import (
     code_arrays,
     codes_of,
     from_arrays,
+    gather,
     layer_table,
     pack,
     rebuild,
     size_of,
+    spread,
     to_arrays,
     to_codes,
     to_low_rank,
@@ -239,15 +241,16 @@ def test_low_rank_weights_are_the_nearest_of_their_rank() -> None:
 def test_what_is_read_is_the_formula_in_float64(d: int) -> None:
     model, layers = coded(d)
     arrays = to_arrays(model, layers, ABOUT)
+    _, named = spread(arrays)
     _, state = from_arrays(arrays)
     for layer in layers:
-        codes = codes_of(arrays, layer)
+        codes = codes_of(named, layer)
         module = model.get_submodule(layer.name)
         assert isinstance(module.weight, CodedWeight)
         assert np.array_equal(codes, module.weight.codes.numpy())
-        table = arrays[f"{layer.name}:codebook"].astype(np.float64)
+        table = named[f"{layer.name}:codebook"].astype(np.float64)
         if layer.d < layer.m:
-            table = table @ arrays[f"{layer.name}:basis"].astype(np.float64).T
+            table = table @ named[f"{layer.name}:basis"].astype(np.float64).T
         wanted = table[codes].reshape(layer.shape)
         np.testing.assert_allclose(state[f"{layer.name}.weight"], wanted, atol=1e-6)
         # float16 is all that is lost.
@@ -264,9 +267,16 @@ def test_a_rebuilt_network_answers_alike_with_weights_and_with_look_ups() -> Non
     torch.testing.assert_close(whole(x), looked_up(x))
     torch.testing.assert_close(whole(x), model(x), atol=0.02, rtol=0.02)
     assert all(one.name in dict(looked_up.named_modules()) for one in layers)
-    with pytest.raises(RunError) as caught:
-        rebuild({n: v for n, v in arrays.items() if n != coded_model.PLAN})
-    assert caught.value.code == "no-coded-model"
+    for damage in (
+        {coded_model.PLAN: None},
+        {"float16": None},
+        {"float16": arrays["float16"][:-1]},
+        {coded_model.PLAN: arrays[coded_model.PLAN][:-9]},
+    ):
+        damaged = {n: v for n, v in {**arrays, **damage}.items() if v is not None}
+        with pytest.raises(RunError) as caught:
+            rebuild(damaged)
+        assert caught.value.code == "no-coded-model"
 
 
 def test_training_moves_codebooks_and_bases_and_no_code() -> None:
@@ -318,13 +328,13 @@ def test_a_compressed_network_knows_nearly_what_it_knew(compressed: Path) -> Non
     assert told["accuracy"]["teacher"] > 90
     assert told["accuracy"]["compressed"] > told["accuracy"]["teacher"] - 8
     assert told["bytes"]["ratio"] > 15
-    arrays = load_file(file_of(compressed) / "arrays.safetensors")
+    about, named = spread(load_file(file_of(compressed) / "arrays.safetensors"))
+    assert layer_table(named, about["layers"][0])[0].shape[1] == 8
     # With codes drawn at random it is at chance.
-    for layer in from_arrays(arrays)[0]["layers"]:
-        name = f"{layer.name}:codes"
-        arrays[name] = pack(RNG.integers(0, layer.k, layer.vectors), layer.code_bits)
-    table = layer_table(arrays, from_arrays(arrays)[0]["layers"][0])[0]
-    assert table.shape[1] == 8
+    for layer in about["layers"]:
+        codes = RNG.integers(0, layer.k, layer.vectors)
+        named |= {f"{layer.name}:{kind}": v for kind, v in code_arrays(codes, layer.k).items()}
+    arrays = gather(named, {**about, "layers": [asdict(layer) for layer in about["layers"]]})
     from sklearn.datasets import load_digits
 
     images = torch.from_numpy(load_digits().images).float()[:, None] / 16
@@ -341,6 +351,7 @@ def test_the_stated_bytes_are_those_of_the_file(compressed: Path) -> None:
     assert told["bytes"]["file"] == file.stat().st_size
     size = size_of(load_file(file))
     assert {name: told["bytes"][name] for name in vars(size)} == vars(size)
+    assert file.stat().st_size < sum(vars(size).values()) - size.dense + 1500  # names and shapes
     layers = from_arrays(load_file(file))[0]["layers"]
     stated = sum(sum(layer.bits.values()) for layer in layers) / 8
     assert abs(stated - (size.codes + size.codebooks + size.bases)) < len(layers)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 
-from pipeline.codecs.coded_model import from_arrays, size_of, to_arrays
+from pipeline.codecs.coded_model import from_arrays, size_of, spread, to_arrays
 from pipeline.codecs.compress import Compress
 from pipeline.codecs.low_rank_vq import (
     CodeConfig,
@@ -129,7 +129,7 @@ class WriteCodes(OneRound):
     task: Compress
     coded: ModelFiles
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def compute(self, seed: int, threads: int) -> Arrays:
         model = self.task.restored(self.coded)
@@ -187,7 +187,7 @@ def compress_model(run: Run, data: Dataset, config: CompressConfig) -> dict[str,
     write = WriteCodes(teacher, second, ModelFiles.fitted(coded))
     compressed = run.compute("compressed", write)
     rebuilt = run.fit("rebuilt", replace(task, weights=CompressedWeights(compressed)), test=test)
-    size, arrays = compressed.metrics, read_arrays(compressed)
+    size, (_, named) = compressed.metrics, spread(read_arrays(compressed))
     file = compressed.files[FILE].bytes
     about = {
         "dataset": data.name,
@@ -198,7 +198,7 @@ def compress_model(run: Run, data: Dataset, config: CompressConfig) -> dict[str,
             "compressed": rebuilt.metrics["accuracy"],
         },
         "bytes": {**size, "file": file, "ratio": size["dense"] / file},
-        "layers": [_row(*pair, arrays) for pair in zip(layers, curves, strict=True)],
+        "layers": [_row(*pair, named) for pair in zip(layers, curves, strict=True)],
         "left": [asdict(one) for one in left],
         "config": portable(config, "teacher"),
         "seed": run.seed,
@@ -221,10 +221,10 @@ def curves_of(arrays: Arrays) -> list[Curve]:
     ]
 
 
-def _row(layer: CodedLayer, curve: Curve, arrays: Arrays) -> dict[str, Any]:
+def _row(layer: CodedLayer, curve: Curve, named: Arrays) -> dict[str, Any]:
     """A layer as the manifest tells of it."""
     errors = {"low_rank": curve.low_rank[layer.d - 1], "clustering": curve.clustering[layer.d - 1]}
-    size = sum(v.nbytes for n, v in arrays.items() if n.startswith(f"{layer.name}:"))
+    size = sum(v.nbytes for n, v in named.items() if n.startswith(f"{layer.name}:"))
     ratio = 4 * layer.vectors * layer.m / size
     return {**asdict(layer), "bytes": size, "ratio": ratio, **errors}
 
