@@ -242,7 +242,7 @@ def gather(named: Mapping[str, npt.NDArray[Any]], about: Mapping[str, Any]) -> A
     entries = [(name, value.dtype.name, value.shape) for name, value in sorted(named.items())]
     told = dumps({"version": VERSION, "arrays": entries, **about})
     found = {PLAN: np.frombuffer(pa.compress(told, "zstd", asbytes=True), np.uint8)}
-    for kind in {dtype for _, dtype, _ in entries}:
+    for kind in sorted({dtype for _, dtype, _ in entries}):
         found[kind] = np.concatenate([named[n].ravel() for n, dtype, _ in entries if dtype == kind])
     return found
 

@@ -127,7 +127,7 @@ class MimicTraining:
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, noise = batch
         if self.task.beta is None:
-            # Against what they cost the network, 255 levels are as good as none.
+            # 256 levels are so fine that they can wait until the end.
             return self._distortion(x, self.model.decoder(self.model.encoder(x))) / len(x)
         noisy = self.model.encoder(x) + noise
         distortion = self._distortion(x, self.model.decoder(noisy))
