@@ -161,7 +161,7 @@ def rebuild(arrays: Mapping[str, npt.NDArray[Any]], *, look_up: bool = False) ->
         RunError: the arrays are none of a coded network.
     """
     about, named = spread(arrays)
-    _, state = from_arrays(arrays)
+    state = _dense(about, named)
     spec = about["model"]
     model = backbones.build(spec["backbone"], spec["classes"], spec["channels"])
     backbones.load_weights(model, state, "a coded network")
@@ -282,11 +282,15 @@ def from_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, Any],
         RunError: the arrays are none of a coded network.
     """
     about, named = spread(arrays)
+    return about, _dense(about, named)
+
+
+def _dense(about: Mapping[str, Any], named: Arrays) -> Arrays:
     state = {n: v for n, v in named.items() if ":" not in n}
     for layer in about["layers"]:
         table, codes = layer_table(named, layer)
         state[f"{layer.name}.weight"] = table[codes].reshape(layer.shape)
-    return about, state
+    return state
 
 
 def layer_table(

@@ -409,5 +409,6 @@ def test_more_weight_on_bits_makes_fewer_bytes_and_lower_accuracy(tmp_path: Path
     assert all(a > b for a, b in pairwise(sizes))
     assert all(a > b - 1.5 for a, b in pairwise(hits))
     gains = [about["accuracy"]["tail"] - about["accuracy"]["mimic"] for about in found]
-    assert min(gains) >= 0
+    assert gains[0] >= 0  # with so many bits nothing may be left to gain
+    assert min(gains[1:]) > 0
     assert gains[-1] > 2
