@@ -119,12 +119,14 @@ def test_killed_at_any_call_that_changes_the_disk(tmp_path: Path, fmt: str, step
     assert set(figures.points) >= POINTS
     assert figures.runs == figures.first > 30
     assert figures.recovered > figures.runs / 2
+    assert figures.partly > 0
 
 
 def test_killed_at_any_call_while_a_snapshot_succeeds_another(tmp_path: Path) -> None:
     figures = killed("calls", tmp_path, Story("webdataset", grown=True), 30)
     assert set(figures.points) >= POINTS | SNAPSHOT_POINTS
     assert figures.recovered > figures.runs / 2
+    assert figures.partly > 0
 
 
 @pytest.mark.parametrize(
@@ -134,9 +136,10 @@ def test_killed_at_any_call_while_a_snapshot_succeeds_another(tmp_path: Path) ->
 def test_killed_at_random_times(tmp_path: Path, grown: bool, times: int) -> None:
     figures = killed("times", tmp_path, Story("webdataset", grown=grown), times)
     assert figures.runs == times
-    assert figures.first >= 0.6 * times
+    # How far a run had come is chance: that every state is met is for the tests above, which kill
+    # at chosen calls.
+    assert figures.first >= 0.4 * times
     assert figures.recovered >= 0.2 * times
-    assert figures.partly > 0
 
 
 def test_a_late_attempt_changes_nothing(tmp_path: Path) -> None:
