@@ -4,7 +4,7 @@
 beside constriction (and CompressAI where it is installed), with the same integer tables.
 constriction codes all symbols of a table in one call.
 
-``rate``: a feature codec of the given ResNet-20 on CIFAR-10 at four weights of a bit, beside JPEG,
+``rate``: a feature codec of a given ResNet on CIFAR-10 at four weights of a bit, beside JPEG,
 WebP and AVIF: files and what is left of them without what all files of a size share, seen by the
 teacher as it is and by the teacher trained on as many images of that codec, as long and with the
 same loss as a tail; and fewer channels in 8 bits with no entropy model, trained as the codec.
@@ -209,10 +209,10 @@ def codec_run(
     if options.quick:
         config = merge(config, {"teacher": {"train": {"epochs": 8}}, "mimic": {"epochs": 3}})
     else:
-        weights = next((options.data / "weights").glob("resnet20-*.npz"))
-        config["teacher"] = {"backbone": "resnet20", "weights": str(weights)}
+        weights = next((options.data / "weights").glob(f"{options.teacher}-*.npz"))
+        config["teacher"] = {"backbone": options.teacher, "weights": str(weights)}
         config = merge(config, SETTINGS)
-    out = options.out / f"{dataset}-{beta:g}"
+    out = options.out / f"{dataset}-{options.teacher}-{beta:g}"
     pipeline.run("compress-features", dataset, data=options.data, out=out, config=config)
     artifact = Artifact.open(open_store(out))
     return artifact, artifact.manifest
@@ -426,6 +426,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
 def main() -> None:
     parser = make_parser(__doc__, "digits, and fewer of everything", PARTS, runs=True)
     parser.add_argument("--betas", nargs="*", type=float, default=BETAS, help="weights of a bit")
+    parser.add_argument("--teacher", default="resnet20", choices=("resnet20", "resnet56"))
     parser.add_argument("--inputs", nargs="*", default=INPUTS, help="image codecs and qualities")
     parser.add_argument("--channels", nargs="*", type=int, default=CHANNELS, help="in 8 bits")
     parser.add_argument("--states", type=int, default=16, help="of a hidden tree")
