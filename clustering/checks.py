@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.utils.validation import validate_data
 
 from pipeline.clustering import kernels
 from pipeline.clustering.directions import Floats
@@ -23,6 +22,8 @@ def check_rows(estimator: Any, x: Any, *, fitting: bool) -> Floats:
     Raises:
         InputError: they are not a matrix of finite numbers, or not as wide as those of ``fit``.
     """
+    from sklearn.utils.validation import validate_data
+
     try:
         made = validate_data(
             estimator,

@@ -9,8 +9,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.clustering.kmeans import nearest
-
 _DISTANCES = 2**24
 """That are in memory at a time."""
 
@@ -30,6 +28,8 @@ def nearest_code(vectors: Tensor, codes: Tensor) -> Tensor:
         # A graph for any number of vectors cannot be cut into parts.
         return _least(flat, codes).view(vectors.shape[:-1])
     if flat.device.type == "cpu":
+        from pipeline.clustering.kmeans import nearest
+
         x, c = (np.ascontiguousarray(part.numpy()) for part in (flat, codes))
         found = torch.from_numpy(nearest(x, c, torch.get_num_threads())[0]).to(torch.int64)
     elif flat.device.type == "cuda":

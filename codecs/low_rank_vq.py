@@ -17,7 +17,6 @@ import numpy.typing as npt
 from pydantic import Field
 from torch import nn
 
-from pipeline.clustering.batched_kmeans import BatchedKMeans
 from pipeline.config import Config
 from pipeline.errors import UsageError
 
@@ -238,6 +237,8 @@ def cluster(
         seed: of the starts.
         threads: as many as there are cores where not given.
     """
+    from pipeline.clustering.batched_kmeans import BatchedKMeans
+
     codes = [np.empty(0, np.int32)] * len(vectors)
     books, errors = [np.empty((0, 0), np.float32)] * len(vectors), [0.0] * len(vectors)
     for width in sorted({x.shape[1] for x in vectors}):

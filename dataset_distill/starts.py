@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.clustering.batched_kmeans import BatchedKMeans
-
 Rows = npt.NDArray[np.int64]
 
 
@@ -58,6 +56,8 @@ def _prototypes(
     members: list[Rows], features: npt.NDArray[np.float32], count: int, seed: int
 ) -> list[Rows]:
     """Candidates next to the centres, those of the largest clusters first."""
+    from pipeline.clustering.batched_kmeans import BatchedKMeans
+
     offsets = np.concatenate([[0], np.cumsum([len(rows) for rows in members])]).astype(np.int64)
     numbers = [min(count, len(rows)) for rows in members]
     x = features[np.concatenate(members)]

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import backbones
-from pipeline.clustering.kmeans import nearest
 from pipeline.device import default_device, in_batches
 from pipeline.labelled_images import ImageConfig, normalise
 from pipeline.stage import ShardContext
@@ -82,6 +81,8 @@ class NearestCodes:
     version: ClassVar[int] = 1
 
     def __call__(self, table: pa.Table, context: ShardContext) -> pa.Table:
+        from pipeline.clustering.kmeans import nearest
+
         features = to_numpy(table["features"])
         flat = np.ascontiguousarray(features.reshape(-1, features.shape[-1]))
         centroids = np.asarray(read_arrays(self.codebook)["centroids"], np.float32)

@@ -16,7 +16,7 @@ import pipeline
 import pipeline.testing
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ["torch", "ray", "pydantic", "pyarrow", "numpy", "zarr", "sklearn", "PIL", "yaml"]
+HEAVY = ["torch", "ray", "pydantic", "pyarrow", "numpy", "zarr", "sklearn", "PIL", "yaml", "triton"]
 
 REPORT = f"""
 import json, sys
@@ -51,6 +51,11 @@ except SystemExit as stop:
     assert not stop.code
 """
     assert loaded_by(code) == []
+
+
+def test_recipes_import_neither_ray_nor_what_few_of_their_steps_need() -> None:
+    code = "from pipeline.recipes import recipes; [recipes.get(name) for name in recipes]"
+    assert not {"ray", "sklearn", "triton"} & set(loaded_by(code))
 
 
 def test_the_report_sees_what_is_loaded() -> None:

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from pydantic import Field
 
 from pipeline.backbones import Weights
-from pipeline.clustering.hierarchical_kmeans import HierarchicalKMeans
 from pipeline.codecs.codebook import usage
 from pipeline.config import Config
 from pipeline.dataset_distill.config import SqueezeConfig
@@ -96,6 +95,8 @@ class BuildCodebook(OneRound):
     version: ClassVar[int] = 1
 
     def compute(self, seed: int, threads: int) -> Arrays:
+        from pipeline.clustering.hierarchical_kmeans import HierarchicalKMeans
+
         found = HierarchicalKMeans(
             self.size,
             memory=self.memory,

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import backbones
 from pipeline.dataset_distill.label_codec import label_bytes, plan_labels
@@ -100,6 +99,8 @@ def estimate(data: Dataset, config: DistillConfig, gpu: str | None) -> dict[str,
 
 def _forward(name: str, classes: int, image: ImageConfig) -> float:
     """FLOPs of one image's forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     with torch.device("meta"):
         x = torch.zeros(1, image.channels, image.size, image.size)
     model = backbones.build(name, classes, image.channels).eval().to("meta")
