@@ -45,7 +45,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain": {"codes": "learned", "metric": "euclidean", "width": 32, "standardize": False},
     "ema": {"codes": "ema", "metric": "euclidean", "width": 32, "standardize": False},
     "sphere": {"codes": "learned", "metric": "cosine", "width": 8, "standardize": False},
-    "simvq": {"codes": "projected", "metric": "euclidean", "width": 32, "standardize": False},
+    # Its frozen codes have unit variance, and are compared with vectors that have it too.
+    "simvq": {"codes": "projected", "metric": "euclidean", "width": 32},
     "lc": {},
 }
 SIZE = 10_000
