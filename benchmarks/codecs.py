@@ -425,7 +425,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="resnet20", choices=("resnet20", "resnet56"))
     parser.add_argument("--inputs", nargs="*", default=INPUTS, help="image codecs and qualities")
     parser.add_argument("--channels", nargs="*", type=int, default=CHANNELS, help="in 8 bits")
-    parser.add_argument("--states", type=int, default=16, help="of a hidden tree")
+    parser.add_argument("--states", type=int, default=32, help="of a hidden tree")
     parser.add_argument("--tree-epochs", type=int, default=12, help="of a hidden tree")
     options = parser.parse_args()
     need_data(parser, options)
