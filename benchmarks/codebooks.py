@@ -2,8 +2,8 @@
 
 ``training``: one convolutional tokenizer with ways to keep codes, as many steps for each, on
 CIFAR-10: learned codes as in VQ-VAE (``plain``), a moving average (``ema``), learned codes on the
-sphere (``sphere``, ViT-VQGAN), random codes behind a learned map (``simvq``), and k-means centres
-of pixels behind one (``lc``, VQGAN-LC). ``plain`` and ``ema`` are as published: vectors of 32
+sphere (``sphere``, ViT-VQGAN), random codes behind a learned map of 8 numbers (``simvq``), and
+k-means centres of pixels behind one (``lc``, VQGAN-LC). ``plain`` and ``ema`` are as published: vectors of 32
 numbers, not standardised, and no code is ever put elsewhere. What is in use is counted over one
 pass through all images, as it was published, and over test images alone, where a code is expected
 64 times.
@@ -45,8 +45,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain": {"codes": "learned", "metric": "euclidean", "width": 32, "standardize": False},
     "ema": {"codes": "ema", "metric": "euclidean", "width": 32, "standardize": False},
     "sphere": {"codes": "learned", "metric": "cosine", "width": 8, "standardize": False},
-    # Its frozen codes have unit variance, and are compared with vectors that have it too.
-    "simvq": {"codes": "projected", "metric": "euclidean", "width": 32},
+    "simvq": {},
     "lc": {},
 }
 SIZE = 10_000
