@@ -3,7 +3,7 @@
 ``training``: one convolutional tokenizer with ways to keep codes, as many steps for each, on
 CIFAR-10: learned codes as in VQ-VAE (``plain``), a moving average (``ema``), learned codes on the
 sphere (``sphere``, ViT-VQGAN), random codes behind a learned map of 8 numbers (``simvq``), and
-k-means centres of pixels behind one (``lc``, VQGAN-LC), otherwise the same. ``plain`` and ``ema``
+k-means centres of pixels behind such a map (``lc``, VQGAN-LC). ``plain`` and ``ema``
 are as published: vectors of 32 numbers, not standardised, and no code is ever put elsewhere. What
 is in use is counted over one pass through all images, as it was published, and over test images
 alone, where a code is expected 64 times.

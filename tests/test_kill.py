@@ -136,10 +136,11 @@ def test_killed_at_any_call_while_a_snapshot_succeeds_another(tmp_path: Path) ->
 def test_killed_at_random_times(tmp_path: Path, grown: bool, times: int) -> None:
     figures = killed("times", tmp_path, Story("webdataset", grown=grown), times)
     assert figures.runs == times
-    # How far a run had come is chance: that every state is met is for the tests above, which kill
-    # at chosen calls.
-    assert figures.first >= 0.4 * times
+    assert figures.first >= 0.6 * times
     assert figures.recovered >= 0.2 * times
+    # A source that has grown has two shards of its own, and ten kills may all miss the time between
+    # them: there the test above, which kills at chosen calls, sees that a part was found.
+    assert grown or figures.partly > 0
 
 
 def test_a_late_attempt_changes_nothing(tmp_path: Path) -> None:
